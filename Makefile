@@ -1,0 +1,22 @@
+# Each target makes its own environment when there is none. VENV=path puts it elsewhere.
+VENV ?= .venv
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test
+
+# The main job on the bundled reference: calibrate, slim, save, reload, same prompts and seeds.
+demo: $(STAMP)
+	$(VENV)/bin/slimdiff compress
+	$(VENV)/bin/slimdiff compare scenes-unet scenes-unet-slim --out scenes-unet-compare.png
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy src
+	$(VENV)/bin/pytest -q
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)

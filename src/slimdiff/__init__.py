@@ -1,0 +1,34 @@
+"""Training-free structural compression of diffusion models."""
+
+from slimdiff.calibrate import calibrate
+from slimdiff.checkpoint import load, load_pipeline, save, save_pipeline
+from slimdiff.config import RECIPES, Budget, CalibrationConfig
+from slimdiff.errors import SlimdiffError
+from slimdiff.families import groups_of
+from slimdiff.pipeline import allocate, compress
+from slimdiff.plan import Entry, Plan
+from slimdiff.record import record
+from slimdiff.rewrite import rewrite
+from slimdiff.statistics import Statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RECIPES",
+    "Budget",
+    "CalibrationConfig",
+    "Entry",
+    "Plan",
+    "SlimdiffError",
+    "Statistics",
+    "allocate",
+    "calibrate",
+    "compress",
+    "groups_of",
+    "load",
+    "load_pipeline",
+    "record",
+    "rewrite",
+    "save",
+    "save_pipeline",
+]

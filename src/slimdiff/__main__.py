@@ -1,0 +1,5 @@
+"""`python -m slimdiff` is the command line."""
+
+from slimdiff.cli import main
+
+main()

@@ -1,0 +1,164 @@
+"""Calibration: run prompts through a pipeline as its user would, and record statistics.
+
+The loop is resumable: statistics are saved after every batch of prompts, every batch depends only
+on its own prompts and seeds, so a run that was killed goes on from the last finished batch and
+ends with bit-identical statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimdiff.config import CalibrationConfig
+from slimdiff.denoiser import denoiser_of
+from slimdiff.errors import SlimdiffError
+from slimdiff.groups import Group
+from slimdiff.probes import Probes
+from slimdiff.record import Recorder, recording
+from slimdiff.statistics import WEIGHTS_FILE, Statistics
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    config: CalibrationConfig | None = None,
+    *,
+    groups: Sequence[Group] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run `prompts` through `pipe` and return the statistics of its denoiser.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline; it is not changed.
+        prompts: calibration prompts; images are not decoded.
+        config: how to sample.
+        groups: what to record for; all groups by default.
+        checkpoint: folder that is saved after every batch and resumed from if it holds an
+            unfinished run of the same prompts and configuration.
+        progress: called with ("calibrate", prompts done, prompts in all).
+
+    Raises:
+        SlimdiffError: no prompts; unknown denoiser; a checkpoint of another run; NaN or infinity
+            in an activation (names the module).
+    """
+    config = config or CalibrationConfig()
+    if not prompts:
+        raise SlimdiffError("no calibration prompts; give at least one")
+    _, denoiser = denoiser_of(pipe)
+    statistics = _start(denoiser, prompts, config, checkpoint)
+    dtype = getattr(torch, config.dtype)
+    settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
+    with recording(denoiser, groups, statistics, *settings) as recorder:
+        for start in range(statistics.batches * config.batch_size, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            with _step_weights(recorder, denoiser, config):
+                _sample(pipe, batch, start, config)
+            statistics.batches += 1
+            if checkpoint is not None:
+                statistics.save(checkpoint)
+            if progress is not None:
+                progress("calibrate", start + len(batch), len(prompts))
+    return statistics
+
+
+def step_weight(step: int, steps: int, lowest: float = 0.5, highest: float = 1.5) -> float:
+    """Log-decreasing weight of denoising step 1..steps (OBS-Diff, eq. 4); `highest` at step 1."""
+    if steps == 1:
+        return highest
+    position = math.log(max(steps - step + 1, 1)) / math.log(steps)
+    return lowest + (highest - lowest) * position
+
+
+def _start(
+    denoiser: nn.Module,
+    prompts: Sequence[str],
+    config: CalibrationConfig,
+    checkpoint: str | Path | None,
+) -> Statistics:
+    source = _source(denoiser, prompts, config)
+    if checkpoint is None or not (Path(checkpoint) / WEIGHTS_FILE).is_file():
+        probes = Probes(config.num_probes, config.seed)
+        return Statistics(type(denoiser).__name__, probes, source=source)
+    statistics = Statistics.load(checkpoint)
+    if statistics.source != source:
+        changed = [key for key in source if statistics.source.get(key) != source[key]]
+        raise SlimdiffError(
+            f"{checkpoint}: holds statistics of another run ({', '.join(changed)} differ); "
+            f"name another folder, or delete this one to start over"
+        )
+    logger.info("resuming %s after %d batches", checkpoint, statistics.batches)
+    device = next(denoiser.parameters()).device
+    statistics.sums = {name: total.to(device) for name, total in statistics.sums.items()}
+    return statistics
+
+
+def _source(
+    denoiser: nn.Module, prompts: Sequence[str], config: CalibrationConfig
+) -> dict[str, Any]:
+    """What identifies a run: two runs with equal sources have equal statistics."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    weight = next(denoiser.parameters()).detach().flatten()[:4096].double().cpu()
+    return {
+        "prompts": len(prompts),
+        "prompts_sha256": digest,
+        "denoiser_sha256": hashlib.sha256(weight.numpy().tobytes()).hexdigest(),
+        "denoiser_dtype": str(next(denoiser.parameters()).dtype),
+        "config": asdict(config),
+    }
+
+
+def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationConfig) -> None:
+    generators = [
+        torch.Generator().manual_seed(config.seed * 1_000_003 + first + i)
+        for i in range(len(prompts))
+    ]
+    known = inspect.signature(pipe.__call__).parameters
+    optional = {
+        "guidance_scale": config.guidance_scale,
+        "height": config.height,
+        "width": config.width,
+        "output_type": "latent",
+    }
+    pipe(
+        prompt=list(prompts),
+        num_inference_steps=config.num_inference_steps,
+        generator=generators,
+        **{name: value for name, value in optional.items() if value is not None and name in known},
+    )
+
+
+@contextlib.contextmanager
+def _step_weights(
+    recorder: Recorder, denoiser: nn.Module, config: CalibrationConfig
+) -> Iterator[None]:
+    """Set the recorder's weight before each denoiser call of one pipeline run."""
+    steps = itertools.count(1)
+
+    def weigh(*_: object) -> None:
+        recorder.weight = step_weight(next(steps), config.num_inference_steps)
+
+    if config.timestep_weights == "uniform":
+        yield
+        return
+    handle = denoiser.register_forward_pre_hook(weigh)
+    try:
+        yield
+    finally:
+        handle.remove()

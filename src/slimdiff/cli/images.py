@@ -1,0 +1,150 @@
+"""`slimdiff generate` and `slimdiff compare`: images from a pipeline, dense or slim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimdiff.cli import console, models, options
+from slimdiff.errors import SlimdiffError
+
+GENERATE = """Make images with a pipeline, dense or slim.
+
+The seed alone decides an image's initial noise, whatever the batch size and the device.
+
+**Examples**
+
+- `slimdiff generate --prompt "a large red circle left on navy background" --seed 7`
+- `slimdiff generate scenes-unet-slim --prompt "a blue ring" --prompt "a red square" -o out.png`
+"""
+
+COMPARE = """Draw the same prompts and seeds with two pipelines, dense above slim, in one PNG.
+
+Also prints how alike the images are, if torchmetrics is installed (`slimdiff[metrics]`).
+
+**Examples**
+
+- `slimdiff compare scenes-unet scenes-unet-slim`
+- `slimdiff compare ./stable-diffusion-v1-5 ./slim --prompt "a cat" --prompt "a tram" --steps 30`
+"""
+
+ImageOut = Annotated[
+    Path, typer.Option("--out", "-o", help="PNG file; several images get -1, -2, ... before it.")
+]
+GridOut = Annotated[Path, typer.Option("--out", "-o", help="PNG file of the grid.")]
+NumPrompts = Annotated[
+    int, typer.Option("--num-prompts", help="How many prompts of the file to draw.")
+]
+Dense = Annotated[str, typer.Argument(help="The dense pipeline: folder, hub id or bundled name.")]
+Slim = Annotated[str, typer.Argument(help="The slim pipeline: folder or hub id.")]
+
+
+def generate(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    seed: options.ImageSeed = 0,
+    out: ImageOut = Path("image.png"),
+    steps: options.Steps = 20,
+    guidance: options.Guidance = None,
+    batch_size: options.BatchSize = 4,
+    height: options.Height = None,
+    width: options.Width = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    variant: options.Variant = None,
+) -> None:
+    """Images of prompts; `GENERATE` is what the command line shows."""
+    where = models.source(model)
+    texts = _texts(where, prompt, prompts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pipe = models.load(where, dtype, device, variant)
+    scale = models.guidance(guidance, where, pipe)
+    images = _images(pipe, texts, seed, steps, scale, batch_size, height=height, width=width)
+    for number, image in enumerate(images, start=1):
+        name = out if len(images) == 1 else out.with_stem(f"{out.stem}-{number}")
+        image.save(name)
+        console.out().print(f"{name}: {texts[number - 1]}", soft_wrap=True, markup=False)
+
+
+def compare(
+    dense: Dense,
+    slim: Slim,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    num_prompts: NumPrompts = 6,
+    seed: options.ImageSeed = 0,
+    out: GridOut = Path("compare.png"),
+    steps: options.Steps = 20,
+    guidance: options.Guidance = None,
+    batch_size: options.BatchSize = 4,
+    height: options.Height = None,
+    width: options.Width = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    variant: options.Variant = None,
+) -> None:
+    """Dense above slim; `COMPARE` is what the command line shows."""
+    sources = {"dense": models.source(dense), "slim": models.source(slim)}
+    where = sources["dense"]
+    texts = _texts(where, prompt, prompts, num_prompts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[Any]] = {}
+    for label in ("slim", "dense"):  # slim first: it knows how it was calibrated
+        pipe = models.load(sources[label], dtype, device, variant)
+        guidance = models.guidance(guidance, where, pipe)
+        rows[label] = _images(
+            pipe, texts, seed, steps, guidance, batch_size, height=height, width=width
+        )
+    from slimdiff.picture import image_grid
+
+    image_grid({label: rows[label] for label in sources}, texts).save(out)
+    console.out().print(_likeness(rows), soft_wrap=True)
+    console.out().print(f"{out}: {len(texts)} prompts, dense above slim", soft_wrap=True)
+
+
+def _texts(
+    where: models.Source, given: list[str] | None, path: Path | None, n: int | None = None
+) -> list[str]:
+    """Prompts of the command line, of a file, or `n` test prompts of the bundled reference."""
+    if given and path is not None:
+        raise SlimdiffError("--prompt and --prompts are both given; give one of them")
+    if given:
+        return given
+    if path is None and n is None:
+        raise SlimdiffError('nothing to draw; give --prompt "..." or --prompts FILE')
+    return models.prompts(where, path, n, "test")
+
+
+def _images(
+    pipe: Any,
+    prompts: list[str],
+    seed: int,
+    steps: int,
+    guidance: float | None,
+    batch_size: int,
+    **size: Any,
+) -> list[Any]:
+    from slimdiff.evaluate import generate as run
+
+    return run(
+        pipe,
+        prompts,
+        range(seed, seed + len(prompts)),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        batch_size=batch_size,
+        **size,
+    )
+
+
+def _likeness(rows: dict[str, list[Any]]) -> str:
+    from slimdiff.metrics import psnr, ssim
+
+    try:
+        decibels, similarity = psnr(rows["slim"], rows["dense"]), ssim(rows["slim"], rows["dense"])
+    except SlimdiffError as error:
+        return str(error)
+    return f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f} of slim to dense images"

@@ -1,0 +1,98 @@
+"""`slimdiff inspect`: what a denoiser's groups are and what they cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from slimdiff.cli import console, models, options
+
+HELP = """Show the groups of a pipeline's denoiser: what can shrink, and what it costs.
+
+A group is a set of layers that shrink together: the query and key, or the value and output
+projections of an attention layer, or the two linears of a feed-forward layer. MACs are those of one
+forward at batch 1 and the model's native size. A slim pipeline shows its present widths.
+
+**Examples**
+
+- `slimdiff inspect`
+- `slimdiff inspect ./stable-diffusion-v1-5`
+- `slimdiff inspect scenes-unet-slim --json`
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group: its present width, parameters, MACs, and its share of all parameters."""
+
+    name: str
+    kind: str
+    heads: int
+    width: int
+    params: int
+    macs: int
+    share: float
+
+
+def inspect(
+    model: options.Model = None,
+    as_json: options.AsJson = False,
+    variant: options.Variant = None,
+) -> None:
+    """What the denoiser is made of; `HELP` is what the command line shows."""
+    pipe = models.load(models.source(model), "auto", "cpu", variant)
+    from slimdiff.denoiser import denoiser_of
+
+    name, denoiser = denoiser_of(pipe)
+    rows, totals = measure(denoiser)
+    if as_json:
+        groups = [vars(row) for row in rows]
+        report = {"denoiser": type(denoiser).__name__, **totals, "groups": groups}
+        console.out().print_json(json.dumps(report))
+    else:
+        _show(f"{type(denoiser).__name__} ({name})", rows, totals)
+
+
+def measure(denoiser: Any) -> tuple[list[Row], dict[str, int]]:
+    """A row for each group, and the whole denoiser's `params` and `macs`."""
+    from slimdiff import costs
+    from slimdiff.families import groups_of
+
+    groups = groups_of(denoiser)
+    found = costs.measure(denoiser, groups, costs.example_inputs(denoiser))
+    rows = []
+    for group in groups:
+        cost, inner = found.groups[group.name], group.heads * group.width
+        params = cost.of("params", inner) + cost.fixed
+        macs = cost.of("macs", inner)
+        share = params / found.params
+        rows.append(Row(group.name, group.kind, group.heads, group.width, params, macs, share))
+    return rows, {"params": found.params, "macs": found.macs}
+
+
+def _show(title: str, rows: list[Row], totals: dict[str, int]) -> None:
+    right = dict.fromkeys(("heads", "width", "parameters", "MACs", "share"), "right")
+    shown = console.table(title, {"group": "left", "kind": "left", **right})
+    for row in rows:
+        shown.add_row(
+            row.name,
+            row.kind.replace("_", "-"),
+            str(row.heads),
+            str(row.width),
+            console.count(row.params),
+            console.count(row.macs),
+            console.share(row.params, totals["params"]),
+        )
+    shown.add_section()
+    for name, params, macs in (
+        (
+            f"{len(rows)} groups",
+            sum(row.params for row in rows),
+            sum(row.macs for row in rows),
+        ),
+        ("whole denoiser", totals["params"], totals["macs"]),
+    ):
+        part = console.share(params, totals["params"])
+        shown.add_row(name, "", "", "", console.count(params), console.count(macs), part)
+    console.out().print(shown)

@@ -1,0 +1,175 @@
+"""What MODEL stands for on the command line, and loading it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimdiff.cli import console
+from slimdiff.errors import SlimdiffError
+from slimdiff.prompts import read_prompts
+
+BUNDLED, BUNDLED_GUIDANCE = "scenes-unet", 3.0
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the command line names it.
+
+    Attributes:
+        name: what to call it, without folders.
+        path: a folder, or a hub id as it is.
+        bundled: whether it comes with slimdiff, so that prompts of its own are known.
+        guidance: the guidance scale that it is meant for; None is its pipeline's own.
+    """
+
+    name: str
+    path: str
+    bundled: bool = False
+    guidance: float | None = None
+
+
+def source(model: str | None) -> Source:
+    """Where MODEL is.
+
+    Raises:
+        SlimdiffError: neither a folder, nor a bundled reference, nor a possible hub id.
+    """
+    name = BUNDLED if model is None else model
+    if Path(name).is_dir():
+        return _folder(Path(name))
+    from slimdiff.reference.bundled import REFERENCES, bundled_path
+
+    if name in REFERENCES:
+        return Source(name, str(bundled_path(name)), bundled=True, guidance=BUNDLED_GUIDANCE)
+    if not HUB_ID.fullmatch(name):
+        raise SlimdiffError(
+            f"{name}: no such folder; expected a diffusers folder, a hub id such as owner/name, "
+            f"or a bundled reference ({', '.join(REFERENCES)})"
+        )
+    return Source(name.split("/")[-1], name)
+
+
+def load(where: Source, dtype: str, device: str, variant: str | None = None) -> Any:
+    """The pipeline, dense or slim, on its device.
+
+    Raises:
+        SlimdiffError: it cannot be loaded; an unknown dtype or device.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    console.quiet_libraries()
+    from slimdiff.checkpoint import load_pipeline
+
+    try:
+        pipe = load_pipeline(where.path, torch_dtype=kind, variant=variant)
+    except SlimdiffError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SlimdiffError(
+            f"{where.path}: cannot be loaded ({error}); expected a diffusers folder, a hub id, or "
+            f"a bundled reference"
+        ) from error
+    pipe.set_progress_bar_config(disable=not console.is_verbose())
+    return pipe.to(place)
+
+
+def stored_dtypes(where: Source, pipe: Any, variant: str | None) -> dict[str, Any]:
+    """Component name -> 16-bit dtype that its weights have on disk; wider ones are left out."""
+    from torch import nn
+
+    stored = {}
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            folder = Path(where.path) / name
+            if not folder.is_dir():  # a hub id: diffusers remembers where its copy is
+                folder = Path(str(getattr(module.config, "_name_or_path", "")) or "missing")
+            files = sorted(folder.glob("*.safetensors"))
+            narrow = _narrow_dtype([f for f in files if f".{variant}" in f.name] or files)
+            if narrow is not None:
+                stored[name] = narrow
+    return stored
+
+
+def _narrow_dtype(files: list[Path]) -> Any:
+    import torch
+    from safetensors import safe_open
+
+    for path in files[:1]:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
+        for kind, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+            if kind in kinds and "F32" not in kinds:
+                return dtype
+    return None
+
+
+def guidance(asked: float | None, where: Source, pipe: Any) -> float | None:
+    """The guidance scale to sample with: as asked, as the reference is meant for, or as a slim
+    pipeline was calibrated; None is the pipeline's own."""
+    from slimdiff.denoiser import denoiser_of
+
+    if asked is not None or where.guidance is not None:
+        return where.guidance if asked is None else asked
+    record = getattr(denoiser_of(pipe)[1], "slim_record", None)
+    calibration = {} if record is None else record.plan.figures.get("calibration", {})
+    found = calibration.get("config", {}).get("guidance_scale")
+    return None if found is None else float(found)
+
+
+def prompts(where: Source, path: Path | None, n: int | None, split: str) -> list[str]:
+    """The first `n` prompts of a file (None: all), or without one the bundled reference's own.
+
+    Raises:
+        SlimdiffError: no file for a model that has no prompts of its own; an unusable file.
+    """
+    if n is not None and n < 1:
+        raise SlimdiffError(f"--num-prompts must be at least 1, got {n}")
+    if path is not None:
+        return read_prompts(path)[:n]
+    if not where.bundled or n is None:
+        raise SlimdiffError(
+            f"{where.name}: give --prompts FILE, one prompt per line, of the kind that the model "
+            f"will be used for; a hundred are enough"
+        )
+    from slimdiff.reference.captions import prompts as captions
+
+    return captions(split, n)
+
+
+def _folder(path: Path) -> Source:
+    if not (path / "model_index.json").is_file():
+        raise SlimdiffError(
+            f"{path}: has no model_index.json; expected the folder of a whole pipeline, as "
+            f"save_pretrained writes it"
+        )
+    return Source(path.resolve().name, str(path))
+
+
+def _device(device: str) -> Any:
+    import torch
+
+    if device == "auto":
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise SlimdiffError(f"--device {device}: {first}; --device cpu always works") from error
+
+
+def _dtype(dtype: str, device: Any) -> Any:
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in DTYPES:
+        raise SlimdiffError(f"--dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    return getattr(torch, dtype)

@@ -1,0 +1,63 @@
+"""Options that several commands share; help and defaults of sampling come from its dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimdiff.config import CalibrationConfig
+
+CALIBRATION = {field.name: field for field in fields(CalibrationConfig)}
+
+
+def _sampling(name: str, *flags: str) -> Any:
+    help = CALIBRATION[name].metadata["help"]
+    return typer.Option(*flags, help=help[0].upper() + help[1:], rich_help_panel="Sampling")
+
+
+def _loading(help: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel="Loading")
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A diffusers folder, a hub id, or the name of a bundled reference.",
+        show_default="scenes-unet, the bundled reference",
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", help="File of prompts: one per line, '#' starts a comment; or a JSON list."
+    ),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option("--prompt", help="A prompt; give it again for more images.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+Steps = Annotated[int, _sampling("num_inference_steps", "--steps")]
+Guidance = Annotated[float | None, _sampling("guidance_scale", "--guidance")]
+BatchSize = Annotated[int, _sampling("batch_size", "--batch-size")]
+Seed = Annotated[int, _sampling("seed", "--seed")]
+ImageSeed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next get +1.")]
+Height = Annotated[int | None, _sampling("height", "--height")]
+Width = Annotated[int | None, _sampling("width", "--width")]
+
+Dtype = Annotated[
+    str,
+    _loading(
+        "float32, float16, bfloat16 or auto: float32 on a CPU, else float16; what was 16-bit on disk is saved so.",
+        "--dtype",
+    ),
+]
+Device = Annotated[
+    str, _loading("auto, cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one.", "--device")
+]
+Variant = Annotated[
+    str | None, _loading("Weights variant to read and write, such as fp16.", "--variant")
+]

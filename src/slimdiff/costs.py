@@ -1,0 +1,147 @@
+"""Costs: parameters and multiply-accumulates (MACs) of a denoiser and of each group by width.
+
+MACs are counted on the meta device by torch's flop counter, which sees attention products; no
+arithmetic is done and no weight is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimdiff.errors import SlimdiffError
+from slimdiff.families import family_of
+from slimdiff.groups import Group, Shapes, linear_at
+from slimdiff.probes import flatten, nest
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """Cost of one group per channel of its inner width (heads * width, or hidden units).
+
+    Attributes:
+        params: parameters per inner channel.
+        fixed: parameters that stay whatever the width (the bias of the last linear).
+        macs: multiply-accumulates per inner channel in one forward.
+    """
+
+    params: int
+    fixed: int
+    macs: int
+
+    def of(self, metric: str, inner: int) -> int:
+        """Cost at `inner` channels; fixed parameters are left out of it."""
+        return inner * (self.params if metric == "params" else self.macs)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a denoiser as it stands.
+
+    Attributes:
+        params: parameters of the whole denoiser.
+        macs: MACs of one forward at batch 1.
+        groups: group name -> cost per inner channel.
+    """
+
+    params: int
+    macs: int
+    groups: dict[str, GroupCost]
+
+    def total(self, metric: str) -> int:
+        """The whole denoiser's `params` or `macs`."""
+        return self.params if metric == "params" else self.macs
+
+
+def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, Any]) -> Costs:
+    """Costs of `denoiser` for a forward with these inputs (batch 1; values are not used).
+
+    Raises:
+        SlimdiffError: the denoiser does not run on inputs of these shapes.
+    """
+    rows: dict[str, int] = {}
+    handles = [_count_rows(denoiser, group, role, rows) for group in groups for role in group.paths]
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            functional_call(denoiser, _meta_state(denoiser), (), _meta_inputs(inputs))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise SlimdiffError(
+            f"{type(denoiser).__name__}: cannot run on inputs of these shapes ({error})"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    costs = {group.name: _group_cost(denoiser, group, rows) for group in groups}
+    return Costs(parameters(denoiser), counter.get_total_flops() // 2, costs)
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def example_inputs(denoiser: nn.Module) -> dict[str, Any]:
+    """Inputs of one forward at the denoiser's native size, on the meta device."""
+    shapes = family_of(denoiser).inputs(dict(denoiser.config))  # type: ignore[arg-type]
+    return _meta_tensors(shapes, next(denoiser.parameters()).dtype)
+
+
+def _meta_tensors(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: _meta_tensors(shape, dtype)
+        if isinstance(shape, dict)
+        else torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape in shapes.items()
+    }
+
+
+def _meta_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    state = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+
+
+def _meta_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    tensors, constants = flatten(inputs)
+    return nest({path: tensor.to("meta") for path, tensor in tensors.items()} | constants)
+
+
+def _count_rows(denoiser: nn.Module, group: Group, role: str, rows: dict[str, int]) -> Any:
+    path = group.paths[role]
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows[path] = rows.get(path, 0) + args[0].shape[:-1].numel()
+
+    return denoiser.get_submodule(path).register_forward_pre_hook(hook)
+
+
+def _group_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
+    linear = {role: linear_at(denoiser, path) for role, path in group.paths.items()}
+    tokens = {role: rows.get(path, 0) for role, path in group.paths.items()}
+    first = ("up",) if group.kind == "feed_forward" else ("q", "k", "v")
+    last = ("down",) if group.kind == "feed_forward" else ("out",)
+    params = macs = fixed = 0
+    for role in (r for r in first if r in linear):
+        copies = 2 if group.gated else 1
+        params += copies * (linear[role].in_features + (linear[role].bias is not None))
+        macs += copies * linear[role].in_features * tokens[role]
+    for role in (r for r in last if r in linear):
+        params += linear[role].out_features
+        macs += linear[role].out_features * tokens[role]
+        fixed += linear[role].out_features * (linear[role].bias is not None)
+    return GroupCost(params, fixed, macs + _attention_macs(group, tokens))
+
+
+def _attention_macs(group: Group, tokens: Mapping[str, int]) -> int:
+    """Per inner channel: queries * keys for the scores, the same again for the weighted values."""
+    if group.kind == "query_key":
+        return tokens["q"] * tokens["k"]
+    if group.kind == "value_output":
+        return tokens["out"] * tokens["v"]
+    return 0

@@ -1,0 +1,129 @@
+"""Error curves and gains: what each group's width does to the denoiser's output.
+
+A decomposition predicts its own error at every width. Its *gain*, how much of that error reaches
+the denoiser's output, is measured with forward passes only: one weight of the group is swapped for
+the dense-size weight that behaves as the slim one, and the probes are run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from slimdiff import decompose
+from slimdiff.config import Recipe
+from slimdiff.decompose import Decomposition
+from slimdiff.errors import SlimdiffError
+from slimdiff.groups import Group, linear_at
+from slimdiff.probing import Probed
+from slimdiff.recipes import decompose_group
+from slimdiff.statistics import Statistics
+
+Progress = Callable[[str, int, int], None]
+
+SMALLEST_SHARE = 1e-4
+PROBE_BATCH = 8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """Predicted error of one group by width.
+
+    Attributes:
+        errors: (dense width + 1,) float64 on the CPU; squared error of the group's own output.
+        gain: relative squared error of the denoiser's output per unit of `errors`; None where it
+            was not measured.
+        order: hidden units, most useful first (feed-forward only); saves ordering them again.
+    """
+
+    errors: Tensor = field(repr=False)
+    gain: float | None = None
+    order: Tensor | None = field(default=None, repr=False)
+
+    def at(self, width: int) -> float:
+        """Predicted relative squared error of the denoiser's output at `width`."""
+        return float(self.errors[width]) * (1.0 if self.gain is None else self.gain)
+
+
+def error_curves(
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    statistics: Statistics,
+    recipe: Recipe,
+    *,
+    probed: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, ErrorCurve]:
+    """The error curve of every group, with its gain if `probed`.
+
+    Recipes that remove whole heads have no curve for attention: it is left out.
+
+    Raises:
+        SlimdiffError: statistics of another model, or no probes to measure gains on.
+    """
+    if not statistics.calls:
+        raise SlimdiffError(
+            "the statistics are empty: run the denoiser inside slimdiff.record(), or calibrate "
+            "with at least one prompt"
+        )
+    device = next(denoiser.parameters()).device
+    probes = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device)) if probed else None
+    curves: dict[str, ErrorCurve] = {}
+    curved = [group for group in groups if group.kind == "feed_forward" or not recipe.heads]
+    for done, group in enumerate(curved, start=1):
+        decomposition = decompose_group(denoiser, group, statistics, recipe)
+        assert isinstance(decomposition, Decomposition)
+        _warn_if_singular(group, decomposition)
+        gain = None if probes is None else _gain(probes, group, decomposition)
+        order = getattr(decomposition, "order_f", None)
+        curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gain, order)
+        if progress is not None:
+            progress("probe" if probed else "decompose", done, len(curved))
+    return curves
+
+
+def _gain(probes: Probed, group: Group, decomposition: Decomposition) -> float:
+    """Measured error of the output over the predicted error, at about half width.
+
+    Where half width is predicted to lose (almost) nothing, a narrower one is measured.
+    """
+    errors = decomposition.errors
+    floor = SMALLEST_SHARE * float(errors[0])
+    width = max(1, group.width // 2)
+    while width > 1 and float(errors[width]) <= floor:
+        width //= 2
+    predicted = float(errors[width])
+    if predicted <= 0:
+        return 0.0
+    weights = effective_weights(probes.denoiser, group, decomposition.maps(width))
+    return probes.error(weights) / max(predicted, floor)
+
+
+def effective_weights(
+    denoiser: nn.Module, group: Group, maps: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Parameters of dense size that make the dense group behave as the slim one, by name."""
+    role, effective = {
+        "query_key": ("k", decompose.effective_key),
+        "value_output": ("out", decompose.effective_output),
+        "feed_forward": ("down", decompose.effective_down),
+    }[group.kind]
+    linear = linear_at(denoiser, group.paths[role])
+    swapped = {f"{group.paths[role]}.weight": effective(linear.weight.detach(), maps)}
+    if role == "k" and linear.bias is not None:
+        swapped[f"{group.paths[role]}.bias"] = effective(linear.bias.detach(), maps)
+    return swapped
+
+
+def _warn_if_singular(group: Group, decomposition: Decomposition) -> None:
+    if decomposition.singular:
+        logger.warning(
+            "%s: its statistics are singular (fewer tokens than channels, or dead or duplicated "
+            "units); the weights stay finite, but calibrate on more prompts to be sure",
+            group.name,
+        )

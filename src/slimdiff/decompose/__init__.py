@@ -1,0 +1,45 @@
+"""Weights and second moments in, small maps and error curves out; tensors only.
+
+A *decomposition* of a group knows what every width would cost in error and which maps give that
+width. Everything is computed and returned in float64, on the device of the moments; inputs are
+never modified, but the moments are kept by reference until the maps have been asked for.
+"""
+
+from slimdiff.decompose.attention import (
+    HeadSelection,
+    QueryKey,
+    ValueOutput,
+    query_key,
+    value_output,
+    whole_heads,
+)
+from slimdiff.decompose.decomposition import Decomposition
+from slimdiff.decompose.effective import (
+    effective_down,
+    effective_heads,
+    effective_key,
+    effective_output,
+)
+from slimdiff.decompose.elimination import elimination_order
+from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
+from slimdiff.decompose.linalg import DAMPING
+
+__all__ = [
+    "DAMPING",
+    "Decomposition",
+    "FeedForward",
+    "HeadSelection",
+    "Order",
+    "QueryKey",
+    "ValueOutput",
+    "effective_down",
+    "effective_heads",
+    "effective_key",
+    "effective_output",
+    "elimination_order",
+    "feed_forward",
+    "query_key",
+    "unit_order",
+    "value_output",
+    "whole_heads",
+]

@@ -1,0 +1,240 @@
+"""Decompositions of attention: query-key, value-output and whole heads.
+
+Shape letters: `h` heads, `e` dense and `r` slim width of a head, `i` = h e inner channels,
+`o` output channels. Moments are uncentred, E[x x^T], unless the caller centred them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimdiff.decompose.decomposition import Decomposition
+from slimdiff.decompose.linalg import (
+    DAMPING,
+    checked_moment,
+    damped,
+    missing_directions,
+    refit_coupling,
+    refit_curve,
+    ridge_of,
+    symmetric_root,
+    tail_sums,
+    triangular_factor,
+)
+
+SIGMA_FLOOR = 1e-10
+"""Singular values below this share of a head's largest are rounding; they get no map."""
+
+
+@dataclass(frozen=True, eq=False)
+class QueryKey(Decomposition):
+    """Low-rank query-key products; `maps` gives "q" and "k", each (heads, e, r).
+
+    Wq'[h] = q[h]^T Wq[h] and Wk'[h] = k[h]^T Wk[h]; biases alike.
+    """
+
+    query_hee: Tensor
+    key_hee: Tensor
+
+    def _identity(self) -> dict[str, Tensor]:
+        return {"q": _eyes(self.query_hee), "k": _eyes(self.key_hee)}
+
+    def _slim(self, width: int) -> dict[str, Tensor]:
+        return {
+            "q": self.query_hee[..., :width].contiguous(),
+            "k": self.key_hee[..., :width].contiguous(),
+        }
+
+
+def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
+    """Minimise E(q^T k - q'^T k')^2 over independent pairs of a query and a key, for each head.
+
+    `errors` sums over heads, in squared logits before scaling. The SVD of Sq^1/2 Sk^1/2 =
+    U diag(sigma) V^T has the singular values of the whitened Cx^1/2 Wq^T Wk Cc^1/2 (SlimDiff,
+    arXiv 2509.21498, after MoDeGPT), with statistics of e by e instead of channels by channels.
+    The balanced maps Tq = Sq^-1/2 U sigma^1/2 and Tk = Sk^-1/2 V sigma^1/2 are computed in the
+    equal form Tq = Sk^1/2 V sigma^-1/2 and Tk = Sq^1/2 U sigma^-1/2, which inverts no moment.
+
+    Args:
+        q_moment_hee: (heads, e, e) moment E[q q^T] of the queries, biases included.
+        k_moment_hee: (heads, e, e) moment of the keys; best centred over the tokens of their own
+            sample and head, since softmax ignores what a query adds to all its logits.
+
+    Raises:
+        ValueError: the moments are not (heads, e, e) both, or not finite.
+    """
+    shape = _head_shape(q_moment_hee, "q_moment_hee")
+    q_root_hee, q_missing = symmetric_root(checked_moment(q_moment_hee, "q_moment_hee", shape))
+    k_root_hee, k_missing = symmetric_root(checked_moment(k_moment_hee, "k_moment_hee", shape))
+    u_hee, sigma_he, vt_hee = torch.linalg.svd(q_root_hee @ k_root_hee)
+    seen_he = sigma_he > SIGMA_FLOOR * sigma_he[:, :1]
+    balance_h1e = torch.where(seen_he, sigma_he, 1.0).rsqrt().mul(seen_he).unsqueeze(-2)
+    return QueryKey(
+        errors=tail_sums(sigma_he.square().sum(0)),
+        missing=max(q_missing, k_missing),
+        query_hee=k_root_hee @ vt_hee.mT * balance_h1e,
+        key_hee=q_root_hee @ u_hee * balance_h1e,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ValueOutput(Decomposition):
+    """Low-rank value-output products; `maps` gives "v" (heads, e, r) and "out" (i, heads * r).
+
+    Wv'[h] = v[h]^T Wv[h] and Wo' = Wo out; columns of `out` are ordered by head, then rank.
+
+    Attributes:
+        basis_hee: (heads, e, e) orthogonal; the first r columns span what width r keeps.
+        moment: as it was given: (i, i), or (heads, e, e).
+        joint: whether Wo is refitted over all heads at once.
+        damping: the refit's ridge, as a share of the mean diagonal.
+    """
+
+    basis_hee: Tensor
+    moment: Tensor
+    joint: bool
+    damping: float
+
+    def _identity(self) -> dict[str, Tensor]:
+        v_hee = _eyes(self.basis_hee)
+        return {"v": v_hee, "out": torch.block_diag(*v_hee)}
+
+    def _slim(self, width: int) -> dict[str, Tensor]:
+        out_ik = self._joint_out(width) if self.joint else self._separate_out(width)
+        return {"v": self.basis_hee[..., :width].contiguous(), "out": out_ik}
+
+    def _joint_out(self, width: int) -> Tensor:
+        heads, e, _ = self.basis_hee.shape
+        c_ii = damped(_rotated_joint(self.moment.double(), self.basis_hee), self.damping)
+        coupling_tk = refit_coupling(c_ii, heads * width)
+        eye_kk = torch.eye(heads * width, dtype=c_ii.dtype, device=c_ii.device)
+        columns_ehrh = torch.cat([eye_kk, coupling_tk]).view(e, heads, width, heads)
+        # Back from rank-major coordinates: rows by the basis, columns to (head, rank).
+        out_hegr = torch.einsum("hej,jhrg->hegr", self.basis_hee, columns_ehrh)
+        return out_hegr.reshape(heads * e, heads * width)
+
+    def _separate_out(self, width: int) -> Tensor:
+        c_hee = _blocks(self.moment.double(), len(self.basis_hee))
+        rotated_hee = self.basis_hee.mT @ c_hee @ self.basis_hee
+        coupling_htr = refit_coupling(damped(rotated_hee, self.damping), width)
+        kept_her, removed_het = self.basis_hee[..., :width], self.basis_hee[..., width:]
+        return torch.block_diag(*(kept_her + removed_het @ coupling_htr))
+
+
+def value_output(
+    w_out_oi: Tensor, moment: Tensor, heads: int, *, refit: bool, damping: float = DAMPING
+) -> ValueOutput:
+    """Minimise E|Wo z - Wo' z'|^2 with z' = v[h]^T z[h] in each head.
+
+    The SVD of each head's M^1/2 Wo^T = U diag(s) V^T gives the directions M^-1/2 U, whose first
+    r span the optimum of width r (SlimDiff, arXiv 2509.21498; Eckart-Young). They are Wo^T V up
+    to scale, which inverts nothing; QR makes them orthonormal, so that weights never grow.
+    With `refit`, Wo' is the least-squares solution over all heads at once. One order, the first
+    direction of every head, then the second, ..., nests all widths, so one triangular factor
+    gives the whole curve.
+
+    Args:
+        w_out_oi: (o, i) weight of the output projection, i = heads * e.
+        moment: (i, i) moment of z, the input of the output projection, or (heads, e, e) moments
+            of single heads: of z, or the paper's of v, before attention averages it.
+        heads: number of heads.
+        refit: refit Wo jointly. Otherwise heads are separate, and `errors` adds up theirs as if
+            they were uncorrelated.
+        damping: ridge of the refit as a share of the moment's mean diagonal.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or `refit` lacks the (i, i) moment.
+    """
+    _check_output(w_out_oi, heads)
+    o, inner = w_out_oi.shape
+    e = inner // heads
+    if refit and moment.ndim != 2:
+        raise ValueError(f"refit needs the ({inner}, {inner}) moment, got {tuple(moment.shape)}")
+    shape = (inner, inner) if moment.ndim == 2 else (heads, e, e)
+    c_full = checked_moment(moment, "moment", shape)
+    w_hoe = w_out_oi.double().view(o, heads, e).transpose(0, 1)
+    root_hee, missing = symmetric_root(_blocks(c_full, heads))
+    _, s_hk, vt_hko = torch.linalg.svd(root_hee @ w_hoe.mT, full_matrices=False)
+    basis_hee = torch.linalg.qr(w_hoe.mT @ vt_hko.mT, mode="complete").Q
+    if refit:
+        rotated_ii = _rotated_joint(c_full, basis_hee)
+        errors, missing = _joint_curve(w_hoe @ basis_hee, rotated_ii, damping)
+    else:
+        s_he = torch.nn.functional.pad(s_hk, (0, e - s_hk.shape[-1]))
+        errors = tail_sums(s_he.square().sum(0))
+    return ValueOutput(errors, missing, basis_hee, moment, joint=refit, damping=damping)
+
+
+@dataclass(frozen=True)
+class HeadSelection:
+    """Heads in falling order of importance; `maps(n)` gives "heads" (n,), ascending int64."""
+
+    order_h: Tensor
+
+    def maps(self, heads: int) -> dict[str, Tensor]:
+        """The `heads` most important heads.
+
+        Raises:
+            ValueError: `heads` is not within 0 .. the number of heads.
+        """
+        if not 0 <= heads <= len(self.order_h):
+            raise ValueError(f"heads must be within 0 .. {len(self.order_h)}, got {heads}")
+        return {"heads": self.order_h[:heads].sort().values}
+
+
+def whole_heads(importance_h: Tensor) -> HeadSelection:
+    """Keep whole heads by `importance_h` (heads,), largest first; of equals, the earlier.
+
+    Raises:
+        ValueError: `importance_h` is not one-dimensional, or not finite.
+    """
+    if importance_h.ndim != 1 or not torch.isfinite(importance_h).all():
+        raise ValueError(f"importance_h must be finite and (heads,), got {importance_h}")
+    return HeadSelection(importance_h.argsort(descending=True, stable=True))
+
+
+def _joint_curve(w_rot_hoe: Tensor, c_ii: Tensor, damping: float) -> tuple[Tensor, int]:
+    """Error (e + 1) of the joint refit in rank-major coordinates, and the missing directions."""
+    heads, o, e = w_rot_hoe.shape
+    w_oi = w_rot_hoe.permute(1, 2, 0).reshape(o, e * heads)
+    l_ii = triangular_factor(damped(c_ii, damping))
+    errors = refit_curve(w_oi, l_ii)[::heads].contiguous()
+    return errors, missing_directions(l_ii, ridge_of(c_ii, damping))
+
+
+def _rotated_joint(c_ii: Tensor, basis_hee: Tensor) -> Tensor:
+    """Moment (i, i) in the coordinates of the bases, ordered rank-major: (rank, head)."""
+    heads, e, _ = basis_hee.shape
+    half_hjge = (basis_hee.mT @ c_ii.view(heads, e, heads * e)).view(heads, e, heads, e)
+    return torch.einsum("hjge,gek->jhkg", half_hjge, basis_hee).reshape(c_ii.shape)
+
+
+def _blocks(c_full: Tensor, heads: int) -> Tensor:
+    """Diagonal blocks (heads, e, e) of an (i, i) moment; per-head moments as they are."""
+    if c_full.ndim == 3:
+        return c_full
+    e = c_full.shape[0] // heads
+    return c_full.view(heads, e, heads, e).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _eyes(like_hee: Tensor) -> Tensor:
+    """Identity matrices in the shape, dtype and device of `like_hee`."""
+    eye_ee = torch.eye(like_hee.shape[-1], dtype=like_hee.dtype, device=like_hee.device)
+    return eye_ee.expand_as(like_hee).contiguous()
+
+
+def _head_shape(moment_hee: Tensor, name: str) -> tuple[int, int, int]:
+    if moment_hee.ndim != 3 or moment_hee.shape[1] != moment_hee.shape[2]:
+        raise ValueError(f"{name} must be (heads, e, e), got {tuple(moment_hee.shape)}")
+    heads, e, _ = moment_hee.shape
+    return heads, e, e
+
+
+def _check_output(w_out_oi: Tensor, heads: int) -> None:
+    if w_out_oi.ndim != 2 or heads < 1 or w_out_oi.shape[1] % heads:
+        raise ValueError(
+            f"w_out_oi must be (o, heads * e) with heads = {heads}, got {tuple(w_out_oi.shape)}"
+        )
+    if not torch.isfinite(w_out_oi).all():
+        raise ValueError("w_out_oi holds infinities or NaN")

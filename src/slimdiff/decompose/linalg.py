@@ -1,0 +1,159 @@
+"""Factors of second moments that stay finite whatever the moment.
+
+Shape letters: `n` the size of a moment, `o` output channels, `s` kept and `t` removed entries.
+A leading `...` is a batch, for instance of heads. All functions work in float64.
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-6
+"""Ridge of least-squares refits, as a share of the moment's mean diagonal.
+
+It exceeds the rounding of moments that were stored as float32, and is far below their entries.
+"""
+
+FLOOR = 1e-12
+"""Energies below this share of the largest are rounding: that direction never occurred."""
+
+_TINY = 1e-100  # stands in for the scale of an all-zero moment; its square is still a float64
+_STRIP = 640  # rows or columns handled at once where a matrix is half zeros
+
+
+def checked_moment(moment: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """`moment` as float64.
+
+    Raises:
+        ValueError: `moment` is not of `shape`, or holds an infinity or NaN.
+    """
+    if tuple(moment.shape) != shape:
+        raise ValueError(f"{name} is {tuple(moment.shape)}, expected {shape}")
+    if not torch.isfinite(moment).all():
+        raise ValueError(f"{name} holds infinities or NaN; was the model calibrated in float16?")
+    return moment.double()
+
+
+def symmetric_root(c_nn: Tensor) -> tuple[Tensor, int]:
+    """Symmetric square root (..., n, n) of `c_nn` (..., n, n), and its missing directions.
+
+    Eigenvalues below `FLOOR` times the largest count as zero. The second value is the number of
+    such eigenvalues in the worst matrix of the batch.
+    """
+    values_n, vectors_nn = torch.linalg.eigh(c_nn)
+    seen_n = values_n > FLOOR * values_n.amax(-1, keepdim=True).clamp_min(_TINY)
+    root_n = torch.where(seen_n, values_n, 0.0).clamp_min(0.0).sqrt()
+    missing = int((~seen_n).sum(-1).max())
+    return vectors_nn * root_n.unsqueeze(-2) @ vectors_nn.mT, missing
+
+
+def ridge_of(c_nn: Tensor, damping: float) -> Tensor:
+    """`damping` times the mean diagonal of `c_nn` (..., n, n), shape (...), never zero or less.
+
+    Raises:
+        ValueError: `damping` is negative.
+    """
+    if damping < 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+    return damping * c_nn.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)
+
+
+def damped(c_nn: Tensor, damping: float) -> Tensor:
+    """`c_nn` (..., n, n) plus `damping` times its mean diagonal times the identity; a copy."""
+    result_nn = c_nn.clone()
+    result_nn.diagonal(dim1=-2, dim2=-1).add_(ridge_of(c_nn, damping).unsqueeze(-1))
+    return result_nn
+
+
+def triangular_factor(c_nn: Tensor) -> Tensor:
+    """Lower-triangular L (..., n, n) with positive diagonal and L L^T = `c_nn` (..., n, n).
+
+    By Cholesky. Where that fails (a singular, zero or slightly indefinite matrix), eigenvalues
+    are raised to `FLOOR` times the largest diagonal entry; L L^T differs by no more than that.
+    """
+    factor_nn, failed = torch.linalg.cholesky_ex(c_nn)
+    if not bool(failed.any()):
+        return factor_nn
+    values_n, vectors_nn = torch.linalg.eigh(c_nn)
+    floor = _floor(c_nn.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
+    root_nn = vectors_nn * torch.maximum(values_n, floor).sqrt().unsqueeze(-2)
+    upper_nn = torch.linalg.qr(root_nn.mT, mode="r").R
+    signs_n = torch.where(upper_nn.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return (upper_nn * signs_n.unsqueeze(-1)).mT
+
+
+def inverse_root(l_nn: Tensor) -> Tensor:
+    """L^-1 (n, n) of a lower-triangular `l_nn` (n, n), in strips that skip its zeros."""
+    n = l_nn.shape[-1]
+    root_nn = torch.zeros_like(l_nn)
+    for start, stop in _strips(n):
+        eye_nk = torch.eye(n - start, stop - start, dtype=l_nn.dtype, device=l_nn.device)
+        columns_nk = torch.linalg.solve_triangular(l_nn[start:, start:], eye_nk, upper=False)
+        root_nn[start:, start:stop] = columns_nk
+    return root_nn
+
+
+def inverse_of_factored(l_nn: Tensor) -> Tensor:
+    """(L L^T)^-1 (n, n) of a lower-triangular `l_nn`; faster than `torch.cholesky_inverse`."""
+    root_nn = inverse_root(l_nn)
+    inverse_nn = torch.zeros_like(l_nn)
+    for start, stop in _strips(l_nn.shape[-1]):
+        rows_kn = root_nn[start:stop, :stop]
+        inverse_nn[:stop, :stop].addmm_(rows_kn.mT, rows_kn)
+    return inverse_nn
+
+
+def missing_directions(l_nn: Tensor, ridge: Tensor) -> int:
+    """Number of entries which those before them determine, where L L^T = C + ridge I.
+
+    Row j of L^-1 is (-b, 1) / L_jj with b the prediction of entry j from those before it, and
+    L_jj^2 is the variance that is left plus ridge |(-b, 1)|^2. So ridge |row j|^2 is the share
+    of the ridge in what is left; an entry counts from one half.
+    """
+    floor = _floor(l_nn.square().sum(-1))
+    share_n = inverse_root(l_nn).square().sum(-1) * torch.maximum(ridge, floor)
+    return int((share_n >= 0.5).sum())
+
+
+def refit_coupling(c_nn: Tensor, kept: int) -> Tensor:
+    """Least-squares weights (..., t, s) that predict the removed entries from the kept ones.
+
+    `c_nn` (..., n, n) is damped, and its first `kept` entries are the kept ones. The best linear
+    prediction of x_t from x_s is B x_s with B = C_ts C_ss^-1, hence w_s' = w_s + w_t B
+    (SlimDiff, arXiv 2509.21498, Nystrom refit of the feed-forward).
+    """
+    l_ss = triangular_factor(c_nn[..., :kept, :kept])
+    return torch.cholesky_solve(c_nn[..., :kept, kept:], l_ss).mT
+
+
+def tail_sums(energy_n: Tensor) -> Tensor:
+    """Sums (n + 1) of the entries from each index on; the last is exactly zero."""
+    tails_n = energy_n.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([tails_n, tails_n.new_zeros(1)])
+
+
+def refit_curve(w_on: Tensor, l_nn: Tensor) -> Tensor:
+    """E|W x - W' x_kept|^2 (n + 1) when the first k entries are kept and W' is the best there is.
+
+    With L L^T = E[x x^T], what the first k entries cannot predict of W x has the energy of
+    columns k, k + 1, ... of W L.
+    """
+    return tail_sums((w_on @ l_nn).square().sum(-2))
+
+
+def truncation_curve(w_on: Tensor, c_nn: Tensor) -> Tensor:
+    """E|W_removed x_removed|^2 (n + 1) when the first k entries are kept with their old weights.
+
+    It may rise with k: two removed entries can cancel each other.
+    """
+    energy_nn = (w_on.mT @ w_on).mul_(c_nn)
+    own_n = energy_nn.diagonal()
+    return tail_sums(2 * energy_nn.triu().sum(-1) - own_n)
+
+
+def _floor(diagonal_n: Tensor) -> Tensor:
+    """The energy (...) that counts as rounding in a matrix with this diagonal (..., n)."""
+    return FLOOR * diagonal_n.amax(-1).clamp_min(_TINY)
+
+
+def _strips(n: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _STRIP, n)) for start in range(0, n, _STRIP)]

@@ -1,0 +1,181 @@
+"""The model card that goes with a saved pipeline: what was done to it, and how to load it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimdiff.denoiser import denoiser_of
+from slimdiff.plan import Plan
+
+CARD_FILE = "README.md"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CARRIED = ("license", "license_name", "license_link")
+
+
+def write_model_card(pipe: Any, folder: Path, title: str) -> None:
+    """Write README.md into `folder` if the denoiser of `pipe` is slim.
+
+    Licence, base model and licence files are taken over from the folder that `pipe` came from.
+    """
+    _, denoiser = denoiser_of(pipe)
+    config: Mapping[str, Any] = getattr(denoiser, "config", {})
+    if not config.get("slimdiff"):
+        return
+    source = Path(str(getattr(pipe, "name_or_path", None) or ""))
+    for path in sorted(source.glob("LICENSE*")) if source.name else []:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    (folder / CARD_FILE).write_text(model_card(pipe, title), encoding="utf-8")
+
+
+def model_card(pipe: Any, title: str) -> str:
+    """The card of a pipeline with a slim denoiser, as Markdown with a YAML header."""
+    name, denoiser = denoiser_of(pipe)
+    record = getattr(denoiser, "slim_record", None)
+    plan: Plan | None = None if record is None else record.plan
+    header = _header_of_source(pipe)
+    parts = [
+        _yaml(header),
+        f"# {title}",
+        _introduction(name, denoiser, _base(pipe, header)),
+        _figures(denoiser, plan),
+        _loading(title, name),
+        "" if plan is None else _groups(plan),
+        "" if record is None else _maps(name),
+        _versions(),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header_of_source(pipe: Any) -> dict[str, str]:
+    """What this card takes over from the YAML header of the source folder's README."""
+    origin = str(getattr(pipe, "name_or_path", None) or "")
+    if not origin or not Path(origin).is_dir():
+        return {"base_model": origin} if _HUB_ID.fullmatch(origin) else {}
+    readme = Path(origin) / CARD_FILE
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    block = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = block[1].splitlines() if block else []
+    pairs = dict(line.split(": ", 1) for line in lines if re.match(r"[a-z_]+: \S", line))
+    kept = {key: pairs[key] for key in _CARRIED if key in pairs}
+    if "- slimdiff" in lines and "base_model" in pairs:  # a slim pipeline, saved again
+        kept["base_model"] = pairs["base_model"]
+    return kept
+
+
+def _yaml(header: Mapping[str, str]) -> str:
+    lines = ["library_name: diffusers", "tags:", "- slimdiff", "- compression"]
+    lines += [f"{key}: {value}" for key, value in header.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base(pipe: Any, header: Mapping[str, str]) -> str:
+    if "base_model" in header:
+        return header["base_model"]
+    origin = str(getattr(pipe, "name_or_path", None) or "")
+    return Path(origin).name if origin else ""
+
+
+def _introduction(name: str, denoiser: nn.Module, base: str) -> str:
+    dense = type(denoiser).__name__.removeprefix("Slim")
+    of = f" of `{base}`" if base else ""
+    return (
+        f"The {name}{of} (`{dense}`) with narrower attention and feed-forward layers, made by "
+        f"slimdiff in closed form from calibration prompts, without training. All other "
+        f"components are as they were."
+    )
+
+
+def _figures(denoiser: nn.Module, plan: Plan | None) -> str:
+    params = sum(parameter.numel() for parameter in denoiser.parameters())
+    rows = [("Parameters of the denoiser", f"{params:,}")]
+    if plan is not None:
+        figures = plan.figures
+        rows = _before_and_after(params, figures)
+        rows += [("Recipe", plan.recipe), ("Allocation", plan.allocation)]
+        rows += [("Budget", plan.budget)] if plan.budget else []
+        for key, text in (
+            ("predicted_error", "Predicted relative squared error of the denoiser's output"),
+            ("error_on_probes", "The same, measured on the calibration's own inputs"),
+        ):
+            if key in figures:
+                rows.append((text, f"{float(figures[key]):.2e}"))
+    return _table(("", ""), rows)
+
+
+def _before_and_after(params: int, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key, text in (("params", "Parameters"), ("macs", "Multiply-accumulates per forward")):
+        dense = figures.get(f"{key}_dense")
+        slim = params if key == "params" else figures.get(key)
+        if dense and slim:
+            share = f"{int(dense):,} to {int(slim):,} ({slim / dense:.1%})"
+            rows.append((f"{text} of the denoiser", share))
+        elif slim:
+            rows.append((f"{text} of the denoiser", f"{int(slim):,}"))
+    return rows
+
+
+def _loading(title: str, name: str) -> str:
+    return f"""## Loading
+
+With slimdiff, which runs no code from this folder:
+
+```python
+import slimdiff
+
+pipe = slimdiff.load_pipeline("{title}")
+```
+
+With diffusers alone; `trust_remote_code` allows it to run `{name}/slim_denoiser.py`:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)
+```"""
+
+
+def _groups(plan: Plan) -> str:
+    rows = [
+        (
+            f"`{name}`",
+            entry.kind.replace("_", "-"),
+            f"{entry.dense_heads} to {entry.heads}" if entry.heads != entry.dense_heads else "",
+            f"{entry.dense_width} to {entry.width}" if not entry.is_full else f"{entry.width}",
+        )
+        for name, entry in plan.entries.items()
+    ]
+    table = _table(("Group", "Kind", "Heads", "Width"), rows)
+    return (
+        f"<details>\n<summary>Widths of all {len(rows)} groups</summary>\n\n{table}\n\n"
+        f"Width is channels per head for attention, hidden units for feed-forward.\n\n</details>"
+    )
+
+
+def _maps(name: str) -> str:
+    return (
+        f"## Plan and maps\n\n`{name}/slimdiff.json` is the plan; "
+        f"`{name}/slimdiff_maps.safetensors` holds the small matrices that take the original "
+        f"weights to these. A LoRA made for the original model does not fit the narrow layers as "
+        f"it is: the maps are what carries it over."
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _versions() -> str:
+    names = ("slimdiff", "diffusers", "transformers", "torch")
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in names]
+    return f"Saved with {', '.join(versions)}."

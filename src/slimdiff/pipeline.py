@@ -1,0 +1,175 @@
+"""The stages in order: calibrate, allocate, decompose, rewrite. Read this first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimdiff import costs as costs_
+from slimdiff.calibrate import calibrate
+from slimdiff.config import Budget, CalibrationConfig, recipe_named
+from slimdiff.curves import PROBE_BATCH, ErrorCurve, error_curves
+from slimdiff.denoiser import denoiser_of
+from slimdiff.errors import SlimdiffError
+from slimdiff.families import groups_of
+from slimdiff.plan import Plan
+from slimdiff.planning import Allocation, check_budget, make_plan
+from slimdiff.probing import Probed
+from slimdiff.rewrite import refuse_slim, rewrite
+from slimdiff.statistics import Statistics
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+def compress(
+    pipe: Any,
+    prompts: Sequence[str],
+    budget: Budget | None = None,
+    *,
+    plan: Plan | None = None,
+    recipe: str = "slimdiff",
+    allocation: str | None = None,
+    tied: bool = True,
+    multiple: int = 8,
+    temperature: float = 0.1,
+    config: CalibrationConfig | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Slim the denoiser of `pipe` in place, and return the plan with its figures.
+
+    Args:
+        pipe: a diffusers pipeline with a dense denoiser of a known family.
+        prompts: calibration prompts; a few hundred of the kind that the model will be given.
+        budget: what the whole denoiser may hold afterwards; not with `plan`.
+        plan: widths to use instead of allocating them.
+        recipe, allocation, tied, multiple, temperature: see `allocate`.
+        config: how calibration samples.
+        checkpoint: folder to save statistics to after every batch, and to resume from.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
+            already slim denoiser, NaN or infinity in an activation.
+    """
+    name, denoiser = denoiser_of(pipe)
+    refuse_slim(denoiser)
+    if (budget is None) == (plan is None):
+        raise SlimdiffError("give either a budget or a plan")
+    groups = groups_of(denoiser)
+    if plan is not None:
+        plan.check(groups)
+    if budget is not None:
+        costs = costs_.measure(denoiser, groups, costs_.example_inputs(denoiser))
+        settings = Allocation(allocation or recipe_named(recipe).allocation, tied, multiple)
+        check_budget(groups, costs, budget, recipe_named(recipe), settings)
+    seconds: dict[str, float] = {}
+    curves: Mapping[str, ErrorCurve] | None = None
+    with _timed(seconds, "calibrate"):
+        statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
+    if budget is not None:
+        with _timed(seconds, "allocate"):
+            curves = measure_curves(denoiser, statistics, recipe, allocation, progress)
+            plan = allocate(
+                denoiser,
+                statistics,
+                budget,
+                recipe=recipe,
+                allocation=allocation,
+                tied=tied,
+                multiple=multiple,
+                temperature=temperature,
+                curves=curves,
+            )
+    assert plan is not None
+    device = next(denoiser.parameters()).device
+    probed = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
+    with _timed(seconds, "rewrite"):
+        rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
+    setattr(pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
+    plan.figures["error_on_probes"] = probed.error({})
+    plan.figures["seconds"] = seconds
+    plan.figures["calibration"] = statistics.source
+    return plan
+
+
+def measure_curves(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    recipe: str = "slimdiff",
+    allocation: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, ErrorCurve]:
+    """Error curves of all groups, with gains if the allocation needs them.
+
+    They do not depend on the budget: several plans can be made from the same curves.
+    """
+    chosen = recipe_named(recipe)
+    probed = (allocation or chosen.allocation) == "probed"
+    groups = groups_of(denoiser)
+    return error_curves(denoiser, groups, statistics, chosen, probed=probed, progress=progress)
+
+
+def allocate(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    budget: Budget,
+    *,
+    recipe: str = "slimdiff",
+    allocation: str | None = None,
+    tied: bool = True,
+    multiple: int = 8,
+    temperature: float = 0.1,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """A width for every group under `budget`; the denoiser is not changed.
+
+    Args:
+        denoiser: dense, of a known family.
+        statistics: recorded from it.
+        budget: what the whole denoiser may hold; never exceeded, met within one width step.
+        recipe: `slimdiff`, `paper` or `magnitude`: how groups are decomposed.
+        allocation: `probed`, `entropic`, `uniform` or `threshold`; by default the recipe's own.
+        tied: the two halves of an attention layer share one width, which keeps the stock
+            attention processors; untied layers use slimdiff's own processor.
+        multiple: widths are multiples of this where the layer allows it.
+        temperature: of the entropic allocation.
+        curves: from `measure_curves`; measured here if not given.
+        progress: called with (stage, groups done, groups in all).
+
+    Raises:
+        SlimdiffError: an impossible budget (says the smallest possible), statistics of another
+            model, an unknown recipe or allocation.
+    """
+    refuse_slim(denoiser)
+    chosen = recipe_named(recipe)
+    if curves is None:
+        curves = measure_curves(denoiser, statistics, recipe, allocation, progress)
+    groups = groups_of(denoiser)
+    probe = statistics.probes.batches(1)
+    inputs = probe[0] if probe else costs_.example_inputs(denoiser)
+    costs = costs_.measure(denoiser, groups, inputs)
+    settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
+    name = type(denoiser).__name__
+    return make_plan(name, groups, costs, curves, statistics, budget, chosen, settings)
+
+
+class _timed:
+    """Adds the seconds spent inside to `seconds[stage]`."""
+
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.seconds[self.stage] = round(time.perf_counter() - self.start, 2)

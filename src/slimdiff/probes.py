@@ -1,0 +1,137 @@
+"""Probes: a few of the denoiser's own inputs, kept to measure its output error on later.
+
+A probe is one row of one call: latents, timestep and conditioning. Rows are kept by the smallest
+hash of their content, so the choice is a uniform sample that depends neither on the order in which
+rows are seen nor on how the work was split, and two reservoirs merge into the one of their union.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HASHED_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The keyword arguments of a denoiser call with a batch of one.
+
+    Attributes:
+        key: hash of the content; the reservoir keeps the smallest.
+        tensors: argument path (`added_cond_kwargs/time_ids`) -> tensor with a batch of 1.
+        constants: argument path -> JSON value.
+    """
+
+    key: str
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Probes:
+    """A reservoir of at most `capacity` probes."""
+
+    capacity: int
+    seed: int = 0
+    rows: dict[str, Probe] = field(default_factory=dict)
+
+    def offer(self, arguments: Mapping[str, Any]) -> None:
+        """Consider every row of one denoiser call, given by its keyword arguments."""
+        tensors, constants = flatten(arguments)
+        batch = max((t.shape[0] for t in tensors.values() if t.ndim > 1), default=0)
+        for row in range(batch):
+            sliced = {path: _row(tensor, row, batch) for path, tensor in tensors.items()}
+            key = self._key(sliced)
+            if key not in self.rows and (len(self.rows) < self.capacity or key < max(self.rows)):
+                kept = {path: tensor.detach().cpu().clone() for path, tensor in sliced.items()}
+                self._keep([Probe(key, kept, constants)])
+
+    def merge(self, others: Iterable[Probes]) -> None:
+        """Take in the rows of other reservoirs."""
+        for other in others:
+            self._keep(other.rows.values())
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+        """The probes as keyword arguments of denoiser calls, at most `size` rows each.
+
+        Rows whose shapes differ go into different calls.
+        """
+        alike: dict[str, list[Probe]] = {}
+        for _, probe in sorted(self.rows.items()):
+            alike.setdefault(_signature(probe), []).append(probe)
+        return [
+            _joined(probes[start : start + size], device)
+            for probes in alike.values()
+            for start in range(0, len(probes), size)
+        ]
+
+    def _keep(self, probes: Iterable[Probe]) -> None:
+        self.rows.update((probe.key, probe) for probe in probes)
+        for key in sorted(self.rows)[self.capacity :]:
+            del self.rows[key]
+
+    def _key(self, tensors: Mapping[str, Tensor]) -> str:
+        digest = hashlib.sha256(str(self.seed).encode())
+        for path, tensor in sorted(tensors.items()):
+            values = tensor.detach().flatten()[:HASHED_VALUES].double().cpu()
+            digest.update(path.encode() + values.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """Tensors and JSON constants of nested keyword arguments, by slash-separated path.
+
+    `None`, `return_dict` and what is neither tensor nor constant are left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in arguments.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Tensor):
+            tensors[path] = value.reshape(1) if value.ndim == 0 else value
+        elif path == "timestep" and isinstance(value, int | float):
+            tensors[path] = torch.tensor([value])
+        elif isinstance(value, Mapping):
+            inner, fixed = flatten(value, f"{path}/")
+            tensors |= inner
+            constants |= fixed
+        elif isinstance(value, bool | int | float | str) and path != "return_dict":
+            constants[path] = value
+    return tensors, constants
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested arguments that `flatten` took apart."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return nested
+
+
+def _row(tensor: Tensor, row: int, batch: int) -> Tensor:
+    return tensor[row : row + 1] if tensor.shape[0] == batch else tensor
+
+
+def _signature(probe: Probe) -> str:
+    shapes = {path: [str(t.dtype), *t.shape[1:]] for path, t in sorted(probe.tensors.items())}
+    return json.dumps([shapes, probe.constants], sort_keys=True)
+
+
+def _joined(probes: list[Probe], device: torch.device | str) -> dict[str, Any]:
+    first = probes[0]
+    tensors = {
+        path: torch.cat([probe.tensors[path] for probe in probes]).to(device)
+        for path in first.tensors
+    }
+    return nest(tensors | first.constants) | {"return_dict": False}

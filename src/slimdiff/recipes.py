@@ -1,0 +1,125 @@
+"""Recipes bound to groups: which decomposition a group gets, from its weights and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from slimdiff import decompose
+from slimdiff.config import Recipe
+from slimdiff.decompose import Decomposition, HeadSelection
+from slimdiff.groups import Group, linear_at
+from slimdiff.statistics import Statistics
+
+KEY_MOMENTS = {"centred": "k_centred", "whitened": "k"}
+
+
+def decompose_group(
+    denoiser: nn.Module,
+    group: Group,
+    statistics: Statistics,
+    recipe: Recipe,
+    order: Tensor | None = None,
+) -> Decomposition | HeadSelection:
+    """The decomposition of one group under a recipe.
+
+    Args:
+        denoiser: holds the group's weights; read only.
+        group: what to decompose.
+        statistics: of this denoiser.
+        recipe: how.
+        order: hidden units of a feed-forward group, most useful first, when known already.
+
+    Raises:
+        SlimdiffError: the statistics lack the group or belong to another model.
+    """
+    check_statistics(group, statistics, recipe)
+    return DECOMPOSERS[group.kind](denoiser, group, statistics, recipe, order)
+
+
+def _query_key(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _order: Tensor | None
+) -> Decomposition | HeadSelection:
+    if recipe.heads:
+        return _whole_heads(group, statistics)
+    return decompose.query_key(
+        statistics.mean(f"{group.layer}/q"),
+        statistics.mean(f"{group.layer}/{KEY_MOMENTS[recipe.keys]}"),
+    )
+
+
+def _value_output(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _order: Tensor | None
+) -> Decomposition | HeadSelection:
+    if recipe.heads:
+        return _whole_heads(group, statistics)
+    refit = recipe.values == "refit"
+    moment = statistics.mean(f"{group.layer}/{'z' if refit else 'v'}")
+    return decompose.value_output(
+        _weight(denoiser, group.paths["out"]), moment, group.heads, refit=refit
+    )
+
+
+def _feed_forward(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, order: Tensor | None
+) -> Decomposition | HeadSelection:
+    return decompose.feed_forward(
+        _weight(denoiser, group.paths["down"]),
+        statistics.mean(f"{group.layer}/h"),
+        order=recipe.units if order is None else order,
+        refit=recipe.refit,
+        magnitude_f=statistics.mean(f"{group.layer}/h_magnitude"),
+    )
+
+
+def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> None:
+    """Refuse statistics that lack what the recipe needs for this group.
+
+    Raises:
+        SlimdiffError: a sum is missing or has another shape than the denoiser's group.
+    """
+    inner, per_head = group.heads * group.width, (group.heads, group.width, group.width)
+    needed: dict[str, tuple[int, ...]]
+    if group.kind == "feed_forward":
+        needed = {"h": (inner, inner), "h_magnitude": (inner,)}
+    elif recipe.heads:
+        needed = {"z_magnitude": (inner,)}
+    elif group.kind == "query_key":
+        needed = {"q": per_head, KEY_MOMENTS[recipe.keys]: per_head}
+    else:
+        needed = {"z": (inner, inner)} if recipe.values == "refit" else {"v": per_head}
+    for what, shape in needed.items():
+        statistics.check(f"{group.layer}/{what}", shape)
+
+
+DECOMPOSERS: dict[str, Callable[..., Decomposition | HeadSelection]] = {
+    "query_key": _query_key,
+    "value_output": _value_output,
+    "feed_forward": _feed_forward,
+}
+
+
+def importances(group: Group, statistics: Statistics) -> Tensor:
+    """Mean |activation| of every head or hidden unit, relative to the layer's largest.
+
+    Shape (heads,) for attention, (units,) for feed-forward; float64.
+    """
+    if group.kind == "feed_forward":
+        magnitude = statistics.mean(f"{group.layer}/h_magnitude")
+    else:
+        magnitude = _head_magnitudes(group, statistics)
+    return magnitude / magnitude.max().clamp_min(1e-300)
+
+
+def _whole_heads(group: Group, statistics: Statistics) -> HeadSelection:
+    return decompose.whole_heads(_head_magnitudes(group, statistics))
+
+
+def _head_magnitudes(group: Group, statistics: Statistics) -> Tensor:
+    channels = statistics.mean(f"{group.layer}/z_magnitude")
+    return channels.unflatten(0, (group.heads, group.width)).mean(1)
+
+
+def _weight(denoiser: nn.Module, path: str) -> Tensor:
+    return linear_at(denoiser, path).weight.detach().double()

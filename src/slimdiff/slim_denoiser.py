@@ -1,0 +1,409 @@
+"""Denoisers with narrow layers. Saved beside the weights, this file lets diffusers load them:
+
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+It needs torch and diffusers alone. For any model class X of diffusers, `SlimX` is X with the widths
+that config.json holds under "slimdiff":
+
+    {"version": 1,
+     "linears": {"<path of a linear>": [in_features, out_features]},
+     "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
+
+qk and vo are channels per head of queries and keys, and of values.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+VERSION = 1
+MODULE = "slim_denoiser"
+PLAN_FILE = "slimdiff.json"
+MAPS_FILE = "slimdiff_maps.safetensors"
+MANIFEST_FILE = "slimdiff_manifest.json"
+
+STOCK_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+)
+"""Processors that compute what `SlimAttnProcessor` computes, for equal widths."""
+
+_SOURCE = Path(__file__).read_bytes()
+
+
+class SlimConfigError(ValueError):
+    """The slim config cannot be used: the message says why, and what to do."""
+
+
+def check_slim(slim: Any, where: str) -> None:
+    """Refuse what is not a slim config of this version; `where` stands for it in the message.
+
+    Raises:
+        SlimConfigError: it is not.
+    """
+    if not isinstance(slim, dict) or not {"version", "linears", "attentions"} <= set(slim):
+        raise SlimConfigError(
+            f"{where}: config.json has no slimdiff entry with version, linears and attentions; "
+            f"save the model with slimdiff again"
+        )
+    if slim["version"] != VERSION:
+        raise SlimConfigError(
+            f"{where}: slim config version {slim['version']!r}, this code reads version {VERSION}; "
+            f"upgrade slimdiff"
+        )
+
+
+def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
+    """Give the layers that `slim` names their widths, in place, and return the model.
+
+    Linears that have their shape already keep their weights; the others get new random ones of the
+    same dtype and device. Attention layers learn their heads, widths and scale; where qk and vo
+    differ, `SlimAttnProcessor` is installed.
+
+    Raises:
+        SlimConfigError: a layer is missing, or its widths contradict each other, or differing qk
+            and vo are asked of an attention layer with a processor of its own.
+    """
+    check_slim(slim, type(model).__name__)
+    for path, (inputs, outputs) in slim["linears"].items():
+        _resize(_layer(model, path, nn.Linear), inputs, outputs)
+    for path, sizes in slim["attentions"].items():
+        _set_widths(path, _layer(model, path, nn.Module), **sizes)
+    return model
+
+
+def become_slim_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
+    """Turn a live model, whose linears are narrow already, into its slim class, in place.
+
+    No weight is touched. Afterwards `model.config["slimdiff"]` is `slim`, and `save_pretrained`
+    writes a folder that plain diffusers loads. A pipeline that holds the model has noted its
+    former class: assign the model again (`pipe.unet = pipe.unet`) before `pipe.save_pretrained`.
+
+    Raises:
+        SlimConfigError: the model is slim already; or as for `reshape_`; or a linear does not have
+            the shape that `slim` says.
+    """
+    if getattr(model, "config", {}).get("slimdiff"):
+        raise SlimConfigError(
+            f"{type(model).__name__}: is slim already; start from the dense model"
+        )
+    slim = json.loads(json.dumps(slim))
+    check_slim(slim, type(model).__name__)
+    for path, (inputs, outputs) in slim["linears"].items():
+        shape = tuple(_layer(model, path, nn.Linear).weight.shape)
+        if shape != (outputs, inputs):
+            raise SlimConfigError(
+                f"{path}: weight is {shape}, expected {(outputs, inputs)}; put the narrow weights "
+                f"in first, or call reshape_ before copying them"
+            )
+    reshape_(model, slim)
+    model.__class__ = slim_class(type(model))
+    model.register_to_config(slimdiff=slim, _class_name=type(model).__name__)  # type: ignore[operator]
+    return model
+
+
+def _layer(model: nn.Module, path: str, kind: type) -> Any:
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, kind):
+        raise SlimConfigError(
+            f"{path}: {type(model).__name__} has no such {kind.__name__}; the slim config belongs "
+            f"to another model"
+        )
+    return layer
+
+
+def _resize(linear: nn.Linear, inputs: int, outputs: int) -> None:
+    if linear.weight.shape == (outputs, inputs):
+        return
+    linear.in_features, linear.out_features = inputs, outputs
+    linear.weight = _empty_like(linear.weight, (outputs, inputs))
+    if linear.bias is not None:
+        linear.bias = _empty_like(linear.bias, (outputs,))
+    linear.reset_parameters()
+
+
+def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+
+
+def _set_widths(path: str, attn: Any, heads: int, qk: int, vo: int) -> None:
+    for name, width in (("to_q", qk), ("to_k", qk), ("to_v", vo)):
+        found = getattr(attn, name).out_features
+        if found != heads * width:
+            raise SlimConfigError(
+                f"{path}.{name}: has {found} outputs, expected {heads} heads of {width}; the slim "
+                f"config contradicts itself or belongs to another model"
+            )
+    derived = {
+        "heads": heads,
+        "sliceable_head_dim": heads,
+        "inner_dim": heads * qk,
+        "inner_kv_dim": heads * vo,
+        "scale": qk**-0.5,
+    }
+    for name, value in derived.items():
+        if hasattr(attn, name):
+            setattr(attn, name, value)
+    if qk != vo:
+        _untie(path, attn)
+
+
+def _untie(path: str, attn: Any) -> None:
+    processor = type(attn.processor).__name__
+    if type(attn) not in (Attention, UntiedAttention) or processor not in (
+        *STOCK_PROCESSORS,
+        SlimAttnProcessor.__name__,
+    ):
+        raise SlimConfigError(
+            f"{path}: {type(attn).__name__} with {processor} cannot have values of another width "
+            f"than its queries and keys; keep the widths tied, or reset the processor with "
+            f"set_default_attn_processor()"
+        )
+    attn.__class__ = UntiedAttention
+    attn.set_processor(SlimAttnProcessor())
+
+
+class UntiedAttention(Attention):
+    """Attention whose values have another width than its queries and keys.
+
+    The stock processors would take the channels of one value for those of several tokens, so
+    `SlimAttnProcessor` stays when one of them is chosen (sliced attention, xFormers).
+    """
+
+    def set_processor(self, processor: Any) -> None:
+        """Set the processor.
+
+        Raises:
+            ValueError: it is neither `SlimAttnProcessor` nor one that this stands in for.
+        """
+        name = type(processor).__name__
+        if name == SlimAttnProcessor.__name__:
+            super().set_processor(processor)
+        elif name not in STOCK_PROCESSORS:
+            raise ValueError(
+                f"{name} needs equal query-key and value widths, but this attention layer was "
+                f"slimmed untied; compress with tied widths to use it"
+            )
+
+
+class SlimAttnProcessor:
+    """Scaled dot product attention with a value width of its own, scaled by `attn.scale`."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` (n, tokens, channels) or (n, channels, height, width).
+
+        Raises:
+            ValueError: keys and values have different numbers of tokens.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        normed = hidden_states
+        if attn.group_norm is not None:
+            normed = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = normed
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            if attn.norm_cross is not None:
+                context = attn.norm_encoder_hidden_states(context)
+        output = _attend(attn, normed, context, attention_mask)
+        output = attn.to_out[1](attn.to_out[0](output))
+        if image_shape is not None:
+            output = output.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+
+def _attend(attn: Any, states: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    query, key, value = (
+        linear(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for linear, tokens in ((attn.to_q, states), (attn.to_k, context), (attn.to_v, context))
+    )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"{key.shape[-2]} keys but {value.shape[-2]} values; expected as many")
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, context.shape[1], context.shape[0])
+        mask = mask.unflatten(0, (context.shape[0], attn.heads))
+    # Fused kernels want one width, a multiple of 8: zero channels change neither product.
+    width = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
+    return output[..., : value.shape[-1]].transpose(1, 2).flatten(2).to(query.dtype)
+
+
+class SlimMixin:
+    """What slim classes add to diffusers: a checked config, and files beside the weights."""
+
+    _auto_class = "AutoModel"
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, checked.
+
+        Raises:
+            SlimConfigError: no slim config, or one of another version; names the folder.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.pop("auto_map", None)
+        check_slim(config.get("slimdiff"), str(pretrained_model_name_or_path))
+        return loaded
+
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in diffusers; adds this file, the plan, the maps and the manifest."""
+        hub = ("repo_id", "commit_message", "private", "token", "create_pr")
+        upload = {name: kwargs.pop(name) for name in hub if name in kwargs}
+        push = kwargs.pop("push_to_hub", False)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        (folder / f"{MODULE}.py").write_bytes(_SOURCE)
+        _save_record(self, folder)
+        write_manifest(folder)
+        if push:
+            kept = ("safe_serialization", "variant")
+            upload |= {name: kwargs[name] for name in kept if name in kwargs}
+            self.push_to_hub(**{"repo_id": folder.name, **upload})
+
+
+def _save_record(model: Any, folder: Path) -> None:
+    """Write the plan and the maps; a model that carries none keeps those it was loaded with."""
+    record = getattr(model, "slim_record", None)
+    if record is not None:
+        from safetensors.torch import save_file
+
+        (folder / PLAN_FILE).write_text(record.plan.to_json(), encoding="utf-8")
+        maps = {name: _compact(value) for name, value in record.maps.items()}
+        save_file(maps, str(folder / MAPS_FILE), metadata={"format": "pt"})
+        return
+    source = Path(str(model.config.get("_name_or_path") or ""))
+    for name in (PLAN_FILE, MAPS_FILE):
+        if not (source / name).is_file() or not _same_slim(source, model):
+            (folder / name).unlink(missing_ok=True)
+        elif source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _same_slim(source: Path, model: Any) -> bool:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("slimdiff") == model.config["slimdiff"])
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Float16 where that is accurate to 1e-3, else float32; integers stay as they are."""
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value.contiguous().clone()
+    half, wide = value.half(), value.double()
+    accurate = bool((half.double() - wide).norm() <= 1e-3 * wide.norm())
+    return (half if accurate else value.float()).contiguous().clone()
+
+
+def write_manifest(folder: Path) -> None:
+    """List sizes and SHA-256 sums of the weights, the maps, the plan and the config."""
+    names = sorted({p.name for p in folder.glob("*.safetensors")} | {PLAN_FILE, "config.json"})
+    files = {name: fingerprint(folder / name) for name in names if (folder / name).is_file()}
+    text = json.dumps({"version": VERSION, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 sum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def slim_class(base: type) -> type:
+    """The slim subclass of a diffusers model class, always the same one; a slim class is its own.
+
+    Raises:
+        TypeError: not a diffusers model class.
+    """
+    if issubclass(base, SlimMixin) or base.__module__ == MODULE:
+        return base
+    if not issubclass(base, ModelMixin):
+        raise TypeError(f"{base.__name__} is not a diffusers model class")
+    if base not in _CLASSES:
+        # diffusers records this module name in model_index.json, and looks for its file by it.
+        members = {
+            "__module__": MODULE,
+            "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
+            "__init__": _init_of(base),
+        }
+        _CLASSES[base] = type(f"Slim{base.__name__}", (SlimMixin, base), members)
+    return _CLASSES[base]
+
+
+def _init_of(base: Any) -> Any:
+    """`base.__init__` with one more argument; diffusers reads config keys off its signature."""
+
+    def __init__(
+        self: Any, *args: Any, slimdiff: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        base.__init__(self, *args, **kwargs)
+        self.register_to_config(slimdiff=slimdiff)
+        if slimdiff is not None:
+            reshape_(self, slimdiff)
+
+    signature = inspect.signature(base.__init__)
+    own = inspect.Parameter("slimdiff", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    rest = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    parameters.insert(len(parameters) - rest, own)
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return __init__
+
+
+def __getattr__(name: str) -> Any:
+    """`SlimX` for any model class X that diffusers exports."""
+    base = getattr(diffusers, name[4:], None) if name.startswith("Slim") else None
+    if isinstance(base, type) and issubclass(base, ModelMixin):
+        return slim_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Slim classes say that they come from `slim_denoiser`: let that name be found.
+sys.modules.setdefault(MODULE, sys.modules[__name__])

@@ -1,0 +1,201 @@
+"""Statistics: weighted sums over tokens, added up while a denoiser runs.
+
+Everything kept is a plain sum, so statistics of several runs, processes or machines add up to
+those of one. Moments are uncentred, E[x x^T], unless their name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimdiff.errors import SlimdiffError
+from slimdiff.probes import Probe, Probes
+
+VERSION = 1
+WEIGHTS_FILE = "statistics.safetensors"
+SUMMARY_FILE = "statistics.json"
+
+
+@dataclass
+class Statistics:
+    """Sums by name and what they were recorded from.
+
+    A sum is named `<layer path>/<what>` and has a weight of its own, so that a mean is one
+    division. `what` is, for an attention layer with h heads of width e and d = h e:
+    `q`, `k`, `k_centred`, `v` (h, e, e), `z` (d, d), `z_magnitude` (d,); for a feed-forward layer
+    of f hidden units: `h` (f, f), `h_magnitude` (f,); for a block: `influence` (1,).
+
+    Attributes:
+        denoiser: class name of the denoiser.
+        sums: name -> weighted sum, float64 or float32.
+        weights: name -> sum of the weights: tokens that entered, times their timestep weight.
+        probes: inputs of the denoiser, kept to measure errors on.
+        calls: denoiser calls seen.
+        batches: calibration batches finished.
+        source: what identifies the run that is being resumed (prompts, configuration).
+    """
+
+    denoiser: str
+    probes: Probes
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+    batches: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, total: Tensor, weight: float, dtype: torch.dtype) -> None:
+        """Add a sum and its weight to what `name` holds."""
+        if name in self.sums:
+            self.sums[name] += total.to(dtype)
+            self.weights[name] += weight
+        else:
+            self.sums[name] = total.to(dtype, copy=True)
+            self.weights[name] = weight
+
+    def mean(self, name: str) -> Tensor:
+        """The mean of `name` in float64.
+
+        Raises:
+            SlimdiffError: nothing was recorded under that name.
+        """
+        if not self.weights.get(name):
+            raise SlimdiffError(
+                f"{name}: no tokens were recorded; run the denoiser inside slimdiff.record(), or "
+                f"calibrate with at least one prompt"
+            )
+        return self.sums[name].double() / self.weights[name]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse statistics of another model.
+
+        Raises:
+            SlimdiffError: `name` is missing or has another shape.
+        """
+        found = tuple(self.sums[name].shape) if name in self.sums else None
+        if found != shape:
+            raise SlimdiffError(
+                f"{name}: statistics have shape {found}, the denoiser needs {shape}; were they "
+                f"recorded from another model, or was it changed since? Calibrate again"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `statistics.safetensors` (complete, replaced atomically) and a JSON summary."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"slimdiff": json.dumps(self._header())}
+        partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+        save_file(self._tensors(), partial, metadata=header)
+        partial.replace(folder / WEIGHTS_FILE)
+        summary = self._header() | {"shapes": {n: list(s.shape) for n, s in self.sums.items()}}
+        partial = folder / f".{SUMMARY_FILE}.{os.getpid()}"
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(folder / SUMMARY_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            SlimdiffError: the file is missing, damaged or of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / WEIGHTS_FILE
+        if not path.is_file():
+            raise SlimdiffError(f"{path}: no such file; expected a folder that calibration wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("slimdiff", "{}"))
+                _check_version(path, header)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise SlimdiffError(f"{path}: damaged ({error}); delete it, calibrate again") from error
+        return cls._from(header, tensors)
+
+    @classmethod
+    def merge(cls, parts: Iterable[Statistics]) -> Statistics:
+        """The statistics of all parts together; sources are kept as a list.
+
+        Raises:
+            SlimdiffError: no part, or parts of different denoisers.
+        """
+        parts = list(parts)
+        if not parts:
+            raise SlimdiffError("nothing to merge: give at least one statistics folder")
+        first = parts[0]
+        probes = Probes(max(part.probes.capacity for part in parts), first.probes.seed)
+        merged = cls(first.denoiser, probes, source={"merged": [part.source for part in parts]})
+        for part in parts:
+            if part.denoiser != first.denoiser:
+                raise SlimdiffError(
+                    f"statistics of {part.denoiser} and {first.denoiser} do not add up"
+                )
+            for name, total in part.sums.items():
+                if name in merged.sums:
+                    merged.check(name, tuple(total.shape))
+                merged.add(name, total, part.weights[name], total.dtype)
+            merged.calls += part.calls
+            merged.batches += part.batches
+        probes.merge(part.probes for part in parts)
+        return merged
+
+    def _header(self) -> dict[str, Any]:
+        probes = {key: probe.constants for key, probe in self.probes.rows.items()}
+        return {
+            "version": VERSION,
+            "denoiser": self.denoiser,
+            "calls": self.calls,
+            "batches": self.batches,
+            "source": self.source,
+            "weights": self.weights,
+            "probes": {
+                "capacity": self.probes.capacity,
+                "seed": self.probes.seed,
+                "constants": probes,
+            },
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"sum/{name}": total.contiguous() for name, total in self.sums.items()}
+        for key, probe in self.probes.rows.items():
+            for path, tensor in probe.tensors.items():
+                tensors[f"probe/{key}/{path}"] = tensor.contiguous()
+        return tensors
+
+    @classmethod
+    def _from(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Statistics:
+        kept = header["probes"]
+        probes = Probes(kept["capacity"], kept["seed"])
+        for key, constants in kept["constants"].items():
+            prefix = f"probe/{key}/"
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            probes.rows[key] = Probe(key, own, constants)
+        sums = {n.removeprefix("sum/"): t for n, t in tensors.items() if n.startswith("sum/")}
+        return cls(
+            denoiser=header["denoiser"],
+            probes=probes,
+            sums=sums,
+            weights=header["weights"],
+            calls=header["calls"],
+            batches=header["batches"],
+            source=header["source"],
+        )
+
+
+def _check_version(path: Path, header: dict[str, Any]) -> None:
+    version = header.get("version")
+    if version != VERSION:
+        raise SlimdiffError(
+            f"{path}: statistics version {version}, this slimdiff reads {VERSION}; "
+            f"upgrade slimdiff or calibrate again"
+        )

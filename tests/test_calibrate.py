@@ -1,0 +1,152 @@
+"""Calibration of a whole pipeline: what it records, resumes and refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slimdiff
+from slimdiff.calibrate import step_weight
+from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from tiny_pipeline import tiny_pipeline
+
+CONFIG = slimdiff.CalibrationConfig(num_inference_steps=2, batch_size=1, guidance_scale=3.0)
+PROMPTS = [f"a red circle number {i}" for i in range(4)]
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_calibrate import CONFIG, PROMPTS
+from tiny_pipeline import tiny_pipeline
+import slimdiff
+slimdiff.calibrate(tiny_pipeline(), PROMPTS, CONFIG, checkpoint=sys.argv[2],
+                   progress=lambda stage, done, total: print(done, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline()
+
+
+def same(a: Statistics, b: Statistics) -> bool:
+    sums = a.sums.keys() == b.sums.keys() and all(
+        torch.equal(a.sums[name], b.sums[name]) for name in a.sums
+    )
+    return sums and a.weights == b.weights and a.probes.rows.keys() == b.probes.rows.keys()
+
+
+def test_records_both_guidance_halves_of_every_step(pipe: Any) -> None:
+    statistics = slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG)
+    assert (statistics.calls, statistics.batches) == (4, 2)
+    group = slimdiff.groups_of(pipe.unet)[0]
+    keys = f"{group.layer}/q"
+    tokens = statistics.weights[keys] / statistics.calls
+    side = pipe.unet.config.sample_size
+    assert tokens == 2 * side * side  # both halves of classifier-free guidance
+    assert len(statistics.probes.rows) == 8
+
+
+def test_killed_and_resumed_equals_uninterrupted(pipe: Any, tmp_path: Path) -> None:
+    """`kill -9` after a finished batch, then the same call again: bit-identical statistics."""
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", INTERRUPTED, here, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().strip() == "1"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    left = Statistics.load(tmp_path / "killed").batches
+    assert 1 <= left < len(PROMPTS)
+    resumed = slimdiff.calibrate(pipe, PROMPTS, CONFIG, checkpoint=tmp_path / "killed")
+    assert same(resumed, slimdiff.calibrate(pipe, PROMPTS, CONFIG))
+
+
+def test_finished_checkpoint_is_used_as_it_is(pipe: Any, tmp_path: Path) -> None:
+    first = slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG, checkpoint=tmp_path)
+    written = (tmp_path / WEIGHTS_FILE).stat().st_mtime_ns
+    time.sleep(0.01)
+    again = slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG, checkpoint=tmp_path)
+    assert same(first, again) and (tmp_path / WEIGHTS_FILE).stat().st_mtime_ns == written
+
+
+def test_checkpoint_of_another_run_is_refused(pipe: Any, tmp_path: Path) -> None:
+    slimdiff.calibrate(pipe, PROMPTS[:1], CONFIG, checkpoint=tmp_path)
+    with pytest.raises(slimdiff.SlimdiffError, match="another run"):
+        slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG, checkpoint=tmp_path)
+
+
+def test_no_prompts_is_refused(pipe: Any) -> None:
+    with pytest.raises(slimdiff.SlimdiffError, match="no calibration prompts"):
+        slimdiff.calibrate(pipe, [], CONFIG)
+
+
+def test_log_weights_follow_the_formula(pipe: Any) -> None:
+    weights = [step_weight(step, 20) for step in range(1, 21)]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] == pytest.approx(1.5) and weights[-1] == pytest.approx(0.5)
+    config = slimdiff.CalibrationConfig(
+        num_inference_steps=2, batch_size=1, guidance_scale=3.0, timestep_weights="log"
+    )
+    plain = slimdiff.calibrate(pipe, PROMPTS[:1], CONFIG)
+    weighted = slimdiff.calibrate(pipe, PROMPTS[:1], config)
+    name = next(iter(plain.weights))
+    assert weighted.weights[name] == pytest.approx(plain.weights[name] * (1.5 + 0.5) / 2)
+
+
+def test_compress_meets_the_budget_and_reports_its_error(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    dense = sum(p.numel() for p in pipe.unet.parameters())
+    plan = slimdiff.compress(
+        pipe, PROMPTS[:2], slimdiff.Budget(params=0.97), config=CONFIG, checkpoint=tmp_path / "s"
+    )
+    slim = sum(p.numel() for p in pipe.unet.parameters())
+    assert slim == plan.figures["params"] <= 0.97 * dense
+    assert 0 < plan.figures["error_on_probes"] < 0.05
+    assert set(plan.figures["seconds"]) == {"calibrate", "allocate", "rewrite"}
+    with pytest.raises(slimdiff.SlimdiffError, match="slim already"):
+        slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.9), config=CONFIG)
+
+
+def test_edited_plan_is_used_as_given() -> None:
+    pipe = tiny_pipeline()
+    group = next(g for g in slimdiff.groups_of(pipe.unet) if g.kind == "feed_forward")
+    entry = slimdiff.Entry(group.kind, 5, group.width)
+    plan = slimdiff.Plan("UNet2DConditionModel", "slimdiff", {group.name: entry})
+    read = slimdiff.Plan.from_json(plan.to_json())
+    slimdiff.compress(pipe, PROMPTS[:1], plan=read, config=CONFIG)
+    assert pipe.unet.get_submodule(group.paths["down"]).in_features == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width is 0, expected an integer from 1"),
+        ({"width": 10**6}, "width is 1000000"),
+        ({"dense_width": 7}, "was it made for another model"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
+    pipe = tiny_pipeline()
+    group = slimdiff.groups_of(pipe.unet)[0]
+    fields = {"width": 4, "dense_width": group.width, "heads": group.heads} | change
+    entry = slimdiff.Entry(group.kind, dense_heads=group.heads, **fields)
+    plan = slimdiff.Plan("UNet2DConditionModel", "slimdiff", {group.name: entry})
+    with pytest.raises(slimdiff.SlimdiffError, match=message):
+        slimdiff.compress(pipe, PROMPTS[:1], plan=plan, config=CONFIG)
+
+
+def test_impossible_budget_says_the_smallest_possible() -> None:
+    pipe = tiny_pipeline()
+    with pytest.raises(slimdiff.SlimdiffError, match="smallest possible is"):
+        slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.01), config=CONFIG)

@@ -1,0 +1,209 @@
+"""What every family must pass, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimdiff
+from slimdiff import costs as costs_
+from slimdiff.config import RECIPES
+from slimdiff.curves import effective_weights
+from slimdiff.probing import Probed
+from slimdiff.recipes import decompose_group
+from tiny_models import TINY_MODELS, Inputs
+
+FAMILIES = pytest.mark.parametrize("name", sorted(TINY_MODELS))
+
+
+class Case:
+    """A tiny model with its inputs, dense outputs and statistics."""
+
+    def __init__(self, name: str) -> None:
+        self.model, self.inputs = TINY_MODELS[name]()
+        with slimdiff.record(self.model) as self.statistics:
+            self.dense = outputs(self.model, self.inputs)
+        self.groups = slimdiff.groups_of(self.model)
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def entry(self, group: Any, width: int) -> slimdiff.Entry:
+        return slimdiff.Entry(group.kind, width, group.width, group.heads, group.heads)
+
+    def plan(self, entries: dict[str, slimdiff.Entry], recipe: str = "slimdiff") -> slimdiff.Plan:
+        return slimdiff.Plan(type(self.model).__name__, recipe, entries)
+
+    def error(self, slim: nn.Module) -> float:
+        got = outputs(slim, self.inputs)
+        squared = sum(float((y - d).square().sum()) for y, d in zip(got, self.dense, strict=True))
+        return squared / sum(float(d.square().sum()) for d in self.dense)
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(**call).sample for call in inputs]
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+CASES = pytest.mark.parametrize("case", sorted(TINY_MODELS), indirect=True)
+
+
+@CASES
+def test_every_group_names_linears_and_sees_its_inputs(case: Case) -> None:
+    kinds = {group.kind for group in case.groups}
+    assert kinds == {"query_key", "value_output", "feed_forward"}
+    for group in case.groups:
+        for path in group.paths.values():
+            assert isinstance(case.model.get_submodule(path), nn.Linear)
+        names = {"query_key": "q k k_centred", "value_output": "v z", "feed_forward": "h"}
+        for what in names[group.kind].split():
+            assert case.statistics.weights[f"{group.layer}/{what}"] > 0
+    assert case.statistics.calls == len(case.inputs)
+
+
+@CASES
+def test_recording_changes_nothing(case: Case) -> None:
+    hooks = [m for m in case.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == []
+    for again, before in zip(outputs(case.model, case.inputs), case.dense, strict=True):
+        assert torch.equal(again, before)
+
+
+@CASES
+def test_full_widths_change_nothing(case: Case) -> None:
+    slim = case.copy()
+    entries = {group.name: case.entry(group, group.width) for group in case.groups}
+    slimdiff.rewrite(slim, case.statistics, case.plan(entries))
+    for got, dense in zip(outputs(slim, case.inputs), case.dense, strict=True):
+        torch.testing.assert_close(got, dense, rtol=1e-5, atol=1e-6)
+
+
+@CASES
+def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
+    """One tied layer and one feed-forward at half width: the reshaped model, with its scale
+    folded in, gives what the dense-size weights that gains are measured with give."""
+    attention = next(g for g in case.groups if g.kind == "query_key").layer
+    forward = next(g for g in case.groups if g.kind == "feed_forward").layer
+    chosen = [g for g in case.groups if g.layer in (attention, forward)]
+    entries = {g.name: case.entry(g, g.width // 2) for g in chosen}
+    recipe = RECIPES["slimdiff"]
+    swapped: dict[str, Tensor] = {}
+    for group in chosen:
+        maps = decompose_group(case.model, group, case.statistics, recipe).maps(group.width // 2)
+        swapped |= effective_weights(case.model, group, maps)
+    slim = slimdiff.rewrite(case.copy(), case.statistics, case.plan(entries))
+    with torch.no_grad():
+        for call, got in zip(case.inputs, outputs(slim, case.inputs), strict=True):
+            want = torch.func.functional_call(case.model, swapped, (), call).sample
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@CASES
+def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
+    """The error with stages kept from the dense run equals that of a full run."""
+    probed = Probed(case.model, case.statistics.probes.batches(8))
+    assert probed.error({}) == 0
+    for group in [g for g in case.groups if g.kind == "feed_forward"][1:]:
+        decomposition = decompose_group(case.model, group, case.statistics, RECIPES["slimdiff"])
+        weights = effective_weights(case.model, group, decomposition.maps(group.width // 2))
+        quick = probed.error(weights)
+        full = copy.deepcopy(case.model)
+        full.load_state_dict(full.state_dict() | weights)
+        probed.denoiser, kept = full, probed.denoiser
+        assert quick == pytest.approx(probed.error({}), rel=1e-4) and quick > 0
+        probed.denoiser = kept
+
+
+@CASES
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
+    slim = case.copy()
+    dense = costs_.measure(slim, case.groups, case.inputs[0])
+    shrinkable = sum(dense.groups[g.name].of("params", g.width * g.heads) for g in case.groups)
+    budget = slimdiff.Budget(remove=shrinkable // 2)
+    plan = slimdiff.allocate(slim, case.statistics, budget, recipe=recipe)
+    slimdiff.rewrite(slim, case.statistics, plan)
+    assert costs_.parameters(slim) == plan.figures["params"] <= dense.params - shrinkable // 2
+    probe = case.statistics.probes.batches(1)[0]
+    slim_costs = costs_.measure(slim, slimdiff.groups_of(slim), probe)
+    assert slim_costs.macs == plan.figures["macs"] < plan.figures["macs_dense"]
+    assert all(torch.isfinite(y).all() for y in outputs(slim, case.inputs))
+
+
+@CASES
+def test_probed_allocation_loses_less_than_the_others(case: Case) -> None:
+    budget = slimdiff.Budget(params=0.93)
+    errors = {}
+    for recipe, allocation in (("slimdiff", "probed"), ("paper", "uniform"), ("magnitude", None)):
+        plan = slimdiff.allocate(
+            case.model, case.statistics, budget, recipe=recipe, allocation=allocation
+        )
+        slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
+        errors[recipe] = case.error(slim)
+    assert errors["slimdiff"] < errors["paper"] < errors["magnitude"]
+
+
+@CASES
+def test_untied_widths_run(case: Case) -> None:
+    plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(macs=0.9), tied=False)
+    widths = {name: entry.width for name, entry in plan.entries.items()}
+    assert any(
+        widths[name] != widths[name.removesuffix("qk") + "vo"]
+        for name in widths
+        if name.endswith(".qk")
+    )
+    slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
+    assert case.error(slim) < 0.1
+
+
+@CASES
+def test_second_compression_refuses(case: Case) -> None:
+    plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.95))
+    slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
+    with pytest.raises(slimdiff.SlimdiffError, match="slim already"):
+        slimdiff.rewrite(slim, case.statistics, plan)
+
+
+@CASES
+def test_saved_equals_loaded(case: Case, tmp_path: Any) -> None:
+    plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.9))
+    slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
+    slimdiff.save(slim, tmp_path / "slim")
+    loaded = slimdiff.load(tmp_path / "slim")
+    for a, b in zip(outputs(slim, case.inputs), outputs(loaded, case.inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_stay_in_their_dtype(case: Case, dtype: torch.dtype) -> None:
+    model = case.copy().to(dtype)
+    calls = [_cast(call, dtype) for call in case.inputs]
+    with slimdiff.record(model) as statistics:
+        for call in calls:
+            model(**call)
+    plan = slimdiff.allocate(model, statistics, slimdiff.Budget(params=0.9))
+    slim = slimdiff.rewrite(model, statistics, plan)
+    assert {p.dtype for p in slim.parameters()} == {dtype}
+    with torch.no_grad():
+        assert all(torch.isfinite(slim(**call).sample).all() for call in calls)
+
+
+def _cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: _cast(value, dtype)
+        if isinstance(value, dict)
+        else value.to(dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in call.items()
+    }

@@ -1,0 +1,184 @@
+"""Statistics and probes: sums that add up, survive a round trip, and refuse what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slimdiff
+from slimdiff.probes import Probes, flatten, nest
+from slimdiff.record import Recorder
+from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from tiny_models import TINY_MODELS
+
+
+def empty(seed: int = 0) -> Statistics:
+    return Statistics("Tiny", Probes(4, seed))
+
+
+def recorder(statistics: Statistics, tokens: int = 10_000) -> Recorder:
+    return Recorder(statistics, seed=0, tokens_per_sample=tokens, dtype=torch.float64)
+
+
+def recorded(calls: slice) -> Statistics:
+    model, inputs = TINY_MODELS["sd1"]()
+    with slimdiff.record(model) as statistics:
+        for call in inputs[calls]:
+            model(**call)
+    return statistics
+
+
+def test_moments_equal_those_of_all_tokens_at_once() -> None:
+    x_bti = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    statistics = empty()
+    for part in x_bti.split(1):
+        recorder(statistics).moment("layer/h", part)
+        recorder(statistics).keys("layer/k", part, heads=2)
+    x_ni = x_bti.flatten(0, 1).double()
+    want = x_ni.mT @ x_ni / len(x_ni)
+    torch.testing.assert_close(statistics.mean("layer/h"), want, rtol=1e-6, atol=1e-6)
+    centred = (x_bti - x_bti.mean(1, keepdim=True)).flatten(0, 1).double()
+    second_head = centred[:, 3:].mT @ centred[:, 3:] / len(centred)
+    got = statistics.mean("layer/k_centred")[1]
+    torch.testing.assert_close(got, second_head, rtol=1e-6, atol=1e-6)
+    magnitude = statistics.mean("layer/h_magnitude")
+    torch.testing.assert_close(magnitude, x_ni.abs().mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_weigh() -> None:
+    one, three = torch.ones(1, 1, 2), 3 * torch.ones(1, 1, 2)
+    statistics = empty()
+    weighing = recorder(statistics)
+    for x, weight in ((one, 3.0), (three, 1.0)):
+        weighing.weight = weight
+        weighing.moment("layer/h", x)
+    assert float(statistics.mean("layer/h")[0, 1]) == pytest.approx((3 * 1 + 1 * 9) / 4)
+
+
+def test_subsampled_rows_are_the_same_every_time_and_unbiased() -> None:
+    x = torch.randn(2, 400, 3, generator=torch.Generator().manual_seed(0))
+    first, second = (recorder(empty(), tokens=64).rows("layer/h", x) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (2, 64, 3)
+    statistics = empty()
+    for call in range(50):
+        statistics.calls = call
+        recorder(statistics, tokens=64).moment("layer/h", x)
+    x_ni = x.flatten(0, 1).double()
+    full = x_ni.mT @ x_ni / len(x_ni)
+    torch.testing.assert_close(statistics.mean("layer/h"), full, rtol=0.05, atol=0.05)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    whole = recorded(slice(0, 4))
+    parts = Statistics.merge([recorded(slice(0, 2)), recorded(slice(2, 4))])
+    assert parts.weights == whole.weights and parts.calls == whole.calls
+    for name, total in whole.sums.items():
+        torch.testing.assert_close(parts.sums[name], total, rtol=1e-6, atol=1e-8)
+    assert parts.probes.rows.keys() == whole.probes.rows.keys()
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    statistics = recorded(slice(0, 4))
+    statistics.save(tmp_path / "statistics")
+    loaded = Statistics.load(tmp_path / "statistics")
+    assert loaded.weights == statistics.weights and loaded.source == statistics.source
+    for name, total in statistics.sums.items():
+        assert torch.equal(loaded.sums[name], total)
+    for key, probe in statistics.probes.rows.items():
+        assert loaded.probes.rows[key].constants == probe.constants
+        for path, tensor in probe.tensors.items():
+            assert torch.equal(loaded.probes.rows[key].tensors[path], tensor)
+
+
+def test_damaged_missing_and_foreign_statistics_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(slimdiff.SlimdiffError, match="no such file"):
+        Statistics.load(tmp_path)
+    statistics = recorded(slice(0, 1))
+    statistics.save(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(slimdiff.SlimdiffError, match="damaged"):
+        Statistics.load(tmp_path)
+    other, _ = TINY_MODELS["sd2"]()
+    foreign = recorded(slice(0, 1))
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1/q"
+    foreign.sums[name] = foreign.sums[name][:1]
+    with pytest.raises(slimdiff.SlimdiffError, match="another model"):
+        slimdiff.allocate(other, foreign, slimdiff.Budget(params=0.9))
+
+
+def test_future_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = recorded(slice(0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("slimdiff.statistics.VERSION", 99)
+        statistics.save(tmp_path)
+    with pytest.raises(slimdiff.SlimdiffError, match="version 99"):
+        Statistics.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_and_names_the_module(value: float) -> None:
+    model, inputs = TINY_MODELS["sd1"]()
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    with torch.no_grad():
+        model.get_submodule(f"{path}.to_v").weight[0, 0] = value
+    with pytest.raises(slimdiff.SlimdiffError, match=f"{path}/v: activation is NaN or infinite"):
+        with slimdiff.record(model):
+            model(**inputs[0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_tokens_no_mean() -> None:
+    model, inputs = TINY_MODELS["sd1"]()
+    with slimdiff.record(model) as statistics:
+        pass
+    with pytest.raises(slimdiff.SlimdiffError, match="statistics are empty"):
+        slimdiff.allocate(model, statistics, slimdiff.Budget(params=0.9))
+    with pytest.raises(slimdiff.SlimdiffError, match="no tokens"):
+        statistics.mean("mid_block/q")
+
+
+def arguments(value: float) -> dict[str, Any]:
+    return {
+        "sample": torch.full((2, 1, 2, 2), value) + torch.arange(2).view(2, 1, 1, 1),
+        "timestep": torch.tensor(3),
+        "added_cond_kwargs": {"time_ids": torch.zeros(2, 6)},
+        "return_dict": False,
+        "flag": True,
+        "nothing": None,
+    }
+
+
+@given(values=st.lists(st.integers(0, 10_000), min_size=1, max_size=20, unique=True))
+def test_the_reservoir_forgets_the_order_and_the_split(values: list[int]) -> None:
+    forward, backward, left, right = (Probes(4) for _ in range(4))
+    for value in values:
+        forward.offer(arguments(3.0 * value))
+    for i, value in enumerate(reversed(values)):
+        backward.offer(arguments(3.0 * value))
+        (left if i % 2 else right).offer(arguments(3.0 * value))
+    left.merge([right])
+    assert len(forward.rows) == min(4, 2 * len(values))
+    assert forward.rows.keys() == backward.rows.keys() == left.rows.keys()
+
+
+def test_probes_come_back_as_calls() -> None:
+    probes = Probes(8)
+    probes.offer(arguments(1.0))
+    (call,) = probes.batches(8)
+    assert call["sample"].shape == (2, 1, 2, 2) and call["timestep"].tolist() == [3, 3]
+    assert call["added_cond_kwargs"]["time_ids"].shape == (2, 6)
+    assert call["flag"] is True and "nothing" not in call
+    assert len(probes.batches(1)) == 2
+
+
+def test_flatten_and_nest_are_inverse() -> None:
+    tensors, constants = flatten(arguments(0.0))
+    nested = nest(tensors | constants)
+    assert set(nested) == {"sample", "timestep", "added_cond_kwargs", "flag"}
+    assert torch.equal(nested["added_cond_kwargs"]["time_ids"], torch.zeros(2, 6))
