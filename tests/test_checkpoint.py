@@ -407,11 +407,15 @@ def test_the_model_card_takes_over_licence_and_origin(tmp_path):
     assert "license: openrail++" in card and "The unet of `base`" in card
     assert "base_model" not in card  # a/b is what base was made from
     assert (tmp_path / "slim" / "LICENSE.md").read_text() == "the licence"
+    save_pipeline(load_pipeline(tmp_path / "slim"), tmp_path / "slim")
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert "license: openrail++" in card and "The unet (" in card  # not made of itself
     hub = slim_by_hand(tiny_pipeline())
     hub.register_to_config(_name_or_path="owner/model")
     save_pipeline(hub, tmp_path / "hub")
     save_pipeline(load_pipeline(tmp_path / "hub"), tmp_path / "again")
-    assert "base_model: owner/model" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "base_model: owner/model" in card and "The unet of `owner/model`" in card
 
 
 def test_a_model_card_without_record_claims_no_figures(pipe, tmp_path):

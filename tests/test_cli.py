@@ -110,8 +110,8 @@ def test_compress_goes_on_from_its_statistics(slim, run, tmp_path):
 def test_a_16_bit_folder_is_saved_in_16_bits(slim, run, tmp_path):
     tiny_pipeline(seed=0).to(torch.float16).save_pretrained(tmp_path / "half")
     done = run(
-        *("compress", tmp_path / "half", "-o", tmp_path / "out", "--allocation", "uniform"),
-        *("--prompts", slim.dense.parent / "prompts.txt", *QUICK),
+        *("compress", tmp_path / "half", "-o", tmp_path / "out", "--params", "0.9"),
+        *("--allocation", "uniform", "--prompts", slim.dense.parent / "prompts.txt", *QUICK),
     )
     assert done.code == 0, done.err
     for name in ("unet", "vae", "text_encoder"):

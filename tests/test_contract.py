@@ -24,6 +24,7 @@ class Case:
     """A tiny model with its inputs, dense outputs and statistics."""
 
     def __init__(self, name: str) -> None:
+        self.is_made_up = name == "plain_gelu"
         self.model, self.inputs = TINY_MODELS[name]()
         with slimdiff.record(self.model) as self.statistics:
             self.dense = outputs(self.model, self.inputs)
@@ -175,6 +176,8 @@ def test_second_compression_refuses(case: Case) -> None:
 
 @CASES
 def test_saved_equals_loaded(case: Case, tmp_path: Any) -> None:
+    if case.is_made_up:
+        pytest.skip("its layers are not what its config says, so no config can rebuild it")
     plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.9))
     slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
     slimdiff.save(slim, tmp_path / "slim")

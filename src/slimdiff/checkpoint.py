@@ -21,6 +21,7 @@ from slimdiff.integrity import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS,
+    check_savable,
     class_of,
     config_of,
     record_of,
@@ -51,7 +52,7 @@ def save(
     Raises:
         SlimdiffError: `out` holds something else, or the weights cannot be saved as they stand.
     """
-    _check_savable(denoiser)
+    check_savable(denoiser)
     with replacing(out, CONFIG_FILE) as folder:
         _save(denoiser, folder, variant, max_shard_size)
     return Path(out)
@@ -79,7 +80,7 @@ def save_pipeline(
     from slimdiff.model_card import write_model_card
 
     name, denoiser = denoiser_of(pipe)
-    _check_savable(denoiser)
+    check_savable(denoiser)
     setattr(pipe, name, getattr(pipe, name))  # has the pipeline note the class that it has by now
     with replacing(out, INDEX_FILE) as folder:
         _save(pipe, folder, variant, max_shard_size)
@@ -175,24 +176,6 @@ def _save(model: Any, folder: Path, variant: str | None, max_shard_size: int | s
     model.save_pretrained(
         str(folder), safe_serialization=True, variant=variant, max_shard_size=max_shard_size
     )
-
-
-def _check_savable(denoiser: nn.Module) -> None:
-    for name, tensor in denoiser.state_dict().items():
-        if tensor.is_meta:
-            raise SlimdiffError(
-                f"{name}: its weight is offloaded; call pipe.remove_all_hooks() and load the "
-                f"pipeline without offloading before saving"
-            )
-        if ".lora_" in name or ".base_layer." in name:
-            raise SlimdiffError(
-                f"{name}: an adapter is attached; before saving, call pipe.fuse_lora() to keep "
-                f"it, then pipe.unload_lora_weights()"
-            )
-        if ".to_qkv." in name or ".to_kv." in name:
-            raise SlimdiffError(
-                f"{name}: projections are fused; call pipe.unfuse_qkv_projections() before saving"
-            )
 
 
 def _local(path: str | Path, options: dict[str, Any]) -> Path | None:

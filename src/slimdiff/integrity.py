@@ -1,10 +1,12 @@
-"""What is checked before a saved denoiser is believed: its files, its class, its plan."""
+"""What is checked before a denoiser is saved, and before a saved one is believed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.folders import read_json, reading
@@ -13,6 +15,30 @@ from slimdiff.plan import Plan, SlimRecord
 WEIGHTS = "diffusion_pytorch_model"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
+
+
+def check_savable(denoiser: nn.Module) -> None:
+    """Refuse weights that would not load again.
+
+    Raises:
+        SlimdiffError: offloaded weights, an attached adapter, fused projections.
+    """
+    for name, module in denoiser.named_modules():
+        if getattr(module, "fused_projections", False):
+            raise SlimdiffError(
+                f"{name}: projections are fused; call pipe.unfuse_qkv_projections() before saving"
+            )
+    for name, tensor in denoiser.state_dict().items():
+        if tensor.is_meta:
+            raise SlimdiffError(
+                f"{name}: its weight is offloaded; call pipe.remove_all_hooks() and load the "
+                f"pipeline without offloading before saving"
+            )
+        if any(part in name for part in (".lora_", ".base_layer.", ".processor.")):
+            raise SlimdiffError(
+                f"{name}: an adapter is attached; before saving, call pipe.fuse_lora() to keep a "
+                f"LoRA, then pipe.unload_lora_weights() and pipe.unload_ip_adapter()"
+            )
 
 
 def verify_manifest(folder: Path) -> None:

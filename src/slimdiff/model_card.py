@@ -41,11 +41,11 @@ def model_card(pipe: Any, title: str) -> str:
     name, denoiser = denoiser_of(pipe)
     record = getattr(denoiser, "slim_record", None)
     plan: Plan | None = None if record is None else record.plan
-    header = _header_of_source(pipe)
+    header, base = _origin(pipe)
     parts = [
         _yaml(header),
         f"# {title}",
-        _introduction(name, denoiser, _base(pipe, header)),
+        _introduction(name, denoiser, base),
         _figures(denoiser, plan),
         _loading(title, name),
         "" if plan is None else _groups(plan),
@@ -55,33 +55,27 @@ def model_card(pipe: Any, title: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _header_of_source(pipe: Any) -> dict[str, str]:
-    """What this card takes over from the YAML header of the source folder's README."""
+def _origin(pipe: Any) -> tuple[dict[str, str], str]:
+    """What the header takes over from the card of the source folder, and the base model's name."""
     origin = str(getattr(pipe, "name_or_path", None) or "")
     if not origin or not Path(origin).is_dir():
-        return {"base_model": origin} if _HUB_ID.fullmatch(origin) else {}
+        on_hub = _HUB_ID.fullmatch(origin)
+        return ({"base_model": origin}, origin) if on_hub else ({}, Path(origin).name)
     readme = Path(origin) / CARD_FILE
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     block = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     lines = block[1].splitlines() if block else []
     pairs = dict(line.split(": ", 1) for line in lines if re.match(r"[a-z_]+: \S", line))
-    kept = {key: pairs[key] for key in _CARRIED if key in pairs}
-    if "- slimdiff" in lines and "base_model" in pairs:  # a slim pipeline, saved again
-        kept["base_model"] = pairs["base_model"]
-    return kept
+    saved_again = "- slimdiff" in lines
+    keys = (*_CARRIED, "base_model") if saved_again else _CARRIED
+    kept = {key: pairs[key] for key in keys if key in pairs}
+    return kept, kept.get("base_model", "") if saved_again else Path(origin).resolve().name
 
 
 def _yaml(header: Mapping[str, str]) -> str:
     lines = ["library_name: diffusers", "tags:", "- slimdiff", "- compression"]
     lines += [f"{key}: {value}" for key, value in header.items()]
     return "\n".join(["---", *lines, "---"])
-
-
-def _base(pipe: Any, header: Mapping[str, str]) -> str:
-    if "base_model" in header:
-        return header["base_model"]
-    origin = str(getattr(pipe, "name_or_path", None) or "")
-    return Path(origin).name if origin else ""
 
 
 def _introduction(name: str, denoiser: nn.Module, base: str) -> str:

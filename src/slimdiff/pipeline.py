@@ -60,35 +60,18 @@ def compress(
             already slim denoiser, NaN or infinity in an activation.
     """
     name, denoiser = denoiser_of(pipe)
-    refuse_slim(denoiser)
-    if (budget is None) == (plan is None):
-        raise SlimdiffError("give either a budget or a plan")
-    groups = groups_of(denoiser)
-    if plan is not None:
-        plan.check(groups)
-    if budget is not None:
-        costs = costs_.measure(denoiser, groups, costs_.example_inputs(denoiser))
-        settings = Allocation(allocation or recipe_named(recipe).allocation, tied, multiple)
-        check_budget(groups, costs, budget, recipe_named(recipe), settings)
+    how: dict[str, Any] = {"recipe": recipe, "allocation": allocation}
+    finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
+    _refuse_impossible(denoiser, budget, plan, how | finer)
     seconds: dict[str, float] = {}
-    curves: Mapping[str, ErrorCurve] | None = None
+    curves: dict[str, ErrorCurve] = {}
     with _timed(seconds, "calibrate"):
         statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
-    if budget is not None:
+    if plan is None:
+        assert budget is not None
         with _timed(seconds, "allocate"):
-            curves = measure_curves(denoiser, statistics, recipe, allocation, progress)
-            plan = allocate(
-                denoiser,
-                statistics,
-                budget,
-                recipe=recipe,
-                allocation=allocation,
-                tied=tied,
-                multiple=multiple,
-                temperature=temperature,
-                curves=curves,
-            )
-    assert plan is not None
+            curves = measure_curves(denoiser, statistics, **how, progress=progress)
+            plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
     device = next(denoiser.parameters()).device
     probed = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
     with _timed(seconds, "rewrite"):
@@ -98,6 +81,23 @@ def compress(
     plan.figures["seconds"] = seconds
     plan.figures["calibration"] = statistics.source
     return plan
+
+
+def _refuse_impossible(
+    denoiser: nn.Module, budget: Budget | None, plan: Plan | None, how: dict[str, Any]
+) -> None:
+    """Raise for what cannot work before minutes are spent on calibration."""
+    refuse_slim(denoiser)
+    if (budget is None) == (plan is None):
+        raise SlimdiffError("give either a budget or a plan")
+    groups, recipe = groups_of(denoiser), recipe_named(how["recipe"])
+    if plan is not None:
+        plan.check(groups)
+    if budget is not None:
+        name = how["allocation"] or recipe.allocation
+        settings = Allocation(name, how["tied"], how["multiple"], how["temperature"])
+        costs = costs_.measure(denoiser, groups, costs_.example_inputs(denoiser))
+        check_budget(groups, costs, budget, recipe, settings)
 
 
 def measure_curves(

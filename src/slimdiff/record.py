@@ -59,7 +59,7 @@ class Recorder:
     def moment(self, name: str, x_bti: Tensor) -> None:
         """Add the full second moment and the mean magnitude of x (batch, tokens, i)."""
         x_ni = self.rows(name, x_bti).flatten(0, 1)
-        self._gram(name, x_ni.unsqueeze(0), squeeze=True)
+        self._gram(name, x_ni)
         self._add(f"{name}_magnitude", x_ni.abs().sum(0, dtype=torch.float32), x_ni.shape[0])
 
     def influence(self, name: str, x_bti: Tensor, y_bti: Tensor) -> None:
@@ -101,21 +101,18 @@ class Recorder:
                 f"{self.statistics.calls}; run in float32 or bfloat16, or check the weights"
             )
 
-    def _gram(self, name: str, x_hne: Tensor, squeeze: bool = False) -> None:
-        """Products of one call run in float32 (relative rounding at most n * 6e-8 for the n rows
-        of the call); sums over calls in `dtype`."""
-        x_hne = x_hne.float()
-        gram_hee = x_hne.mT @ x_hne
-        self._add(name, gram_hee[0] if squeeze else gram_hee, x_hne.shape[1])
+    def _gram(self, name: str, x_ne: Tensor) -> None:
+        self._watch(name, x_ne)
+        self.statistics.add_gram(name, x_ne, self.weight, self.dtype)
 
     def _add(self, name: str, total: Tensor, rows: int) -> None:
-        if rows == 0:
+        self._watch(name, total)
+        self.statistics.add(name, self.weight * total.to(self.dtype), self.weight * rows)
+
+    def _watch(self, name: str, x: Tensor) -> None:
+        if x.numel() == 0:
             raise SlimdiffError(f"{name}: the activation has zero tokens; expected at least one")
-        self._suspects[name] = total.sum()
-        weighted = total.to(self.dtype)
-        if self.weight != 1:
-            weighted = weighted * self.weight
-        self.statistics.add(name, weighted, self.weight * rows, self.dtype)
+        self._suspects[name] = x.sum(dtype=torch.float32)
 
 
 @contextlib.contextmanager

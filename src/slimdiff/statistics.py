@@ -51,14 +51,32 @@ class Statistics:
     batches: int = 0
     source: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, total: Tensor, weight: float, dtype: torch.dtype) -> None:
+    def add(self, name: str, total: Tensor, weight: float) -> None:
         """Add a sum and its weight to what `name` holds."""
         if name in self.sums:
-            self.sums[name] += total.to(dtype)
-            self.weights[name] += weight
+            self.sums[name] += total
         else:
-            self.sums[name] = total.to(dtype, copy=True)
-            self.weights[name] = weight
+            self.sums[name] = total.clone()
+        self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def add_gram(self, name: str, x_ne: Tensor, weight: float, dtype: torch.dtype) -> None:
+        """Add `weight` times x^T x, (..., e, e), of x (..., n, e).
+
+        Sums are of `dtype`. On a CPU so are the products, straight into the sum; elsewhere the
+        products of one call are float32, with a relative rounding of at most n * 6e-8.
+        """
+        rows, width = x_ne.shape[-2:]
+        if name not in self.sums:
+            shape = (*x_ne.shape[:-2], width, width)
+            self.sums[name] = torch.zeros(shape, dtype=dtype, device=x_ne.device)
+        total_hee, x_hne = self.sums[name].view(-1, width, width), x_ne.reshape(-1, rows, width)
+        if x_ne.device.type == "cpu":
+            x_hne = x_hne.to(dtype)
+            total_hee.baddbmm_(x_hne.mT, x_hne, alpha=weight)
+        else:
+            x_hne = x_hne.float()
+            total_hee.add_((x_hne.mT @ x_hne).to(dtype), alpha=weight)
+        self.weights[name] = self.weights.get(name, 0.0) + weight * rows
 
     def mean(self, name: str) -> Tensor:
         """The mean of `name` in float64.
@@ -143,7 +161,7 @@ class Statistics:
             for name, total in part.sums.items():
                 if name in merged.sums:
                     merged.check(name, tuple(total.shape))
-                merged.add(name, total, part.weights[name], total.dtype)
+                merged.add(name, total, part.weights[name])
             merged.calls += part.calls
             merged.batches += part.batches
         probes.merge(part.probes for part in parts)

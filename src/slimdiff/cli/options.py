@@ -51,7 +51,8 @@ Width = Annotated[int | None, _sampling("width", "--width")]
 Dtype = Annotated[
     str,
     _loading(
-        "float32, float16, bfloat16 or auto: float32 on a CPU, else float16; what was 16-bit on disk is saved so.",
+        "float32, float16, bfloat16 or auto: float32 on a CPU, else float16; what was 16-bit on "
+        "disk is then saved as 16-bit.",
         "--dtype",
     ),
 ]

@@ -106,6 +106,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # trailing spacing ignores it; the pipeline warns about any other value
     )
 
 

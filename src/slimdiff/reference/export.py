@@ -46,11 +46,10 @@ class Figures:
     test: SceneAccuracy
 
 
-def trained_pipeline(run: Path) -> tuple[Any, Progress]:
+def trained_pipeline(run: Path, arch: Architecture = Architecture()) -> tuple[Any, Progress]:
     """The pipeline of a training folder, with averaged weights in float32, and its progress."""
     from safetensors.torch import load_file
 
-    arch = Architecture()
     vae, text_encoder, unet = build_vae(arch), build_text_encoder(arch), build_unet(arch)
     vae.load_state_dict(load_file(run / "vae.safetensors"))
     state, progress = load_state(run / "state.safetensors")
@@ -58,7 +57,7 @@ def trained_pipeline(run: Path) -> tuple[Any, Progress]:
     for prefix, module in {"unet.": unet, "text.": text_encoder}.items():
         own = {k.removeprefix(prefix): t for k, t in average.items() if k.startswith(prefix)}
         module.load_state_dict(own)
-    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=json.loads((run / "scaling.json").read_text()))
     pipe = assemble(vae.eval(), text_encoder.eval(), unet.eval())
     pipe.set_progress_bar_config(disable=True)
     return pipe, progress
@@ -130,7 +129,7 @@ tested and measured without a download. It draws scenes of one or two objects on
 | part | what | parameters |
 |---|---|---|
 | `unet` | UNet2DConditionModel, channels {channels}, attention at two levels | {unet:.2f} M |
-| `text_encoder` | CLIPTextModel, {layers} layers of width {width}, one token per word | {text:.2f} M |
+| `text_encoder` | CLIPTextModel, {layers} layers, width {width}, a token per word | {text:.2f} M |
 | `vae` | AutoencoderKL to 16 by 16 by 4 latents | {vae:.2f} M |
 | `scheduler` | DDIM, v-prediction, zero terminal signal, trailing timesteps | |
 

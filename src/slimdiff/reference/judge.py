@@ -44,8 +44,14 @@ CONTRAST = 0.16
 LEAST_MASS = 10.0
 """Fewest foreground pixels that count as an object."""
 
-MISFIT = 0.35
-"""Largest squared error of a mask, as a share of its mass, that still explains an object."""
+MISFIT = 0.17
+"""Most that a mask may leave unexplained, as a share of its mass."""
+
+PLAINLY_WRONG = 0.6
+"""Error of coverage beyond which a pixel is not just blurred."""
+
+SPECKS = 4
+"""Plainly wrong pixels that any quadrant may have."""
 
 
 @functools.cache
@@ -121,14 +127,34 @@ def _object_colours(pixels: Tensor, contrast: Tensor) -> Tensor:
 
 
 def _match(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Best mask of each quadrant's coverage (q, 32, 32), and its misfit; both (q,)."""
+    """Best mask of each quadrant's coverage (q, 32, 32), and what it leaves unexplained (q,).
+
+    Unexplained is the larger of the squared error and of the count of plainly wrong pixels, which
+    a blurred edge has not, both as a share of the mask's mass.
+    """
     _, masks = _templates()
     mass = masks.square().sum((1, 2))
-    overlap = conv2d(alpha[:, None], masks[:, None], padding=REACH).flatten(2).amax(-1)
-    error = alpha.square().sum((1, 2))[:, None] - 2 * overlap + mass
-    best = (error / mass).argmin(1)
+    overlap, shift = conv2d(alpha[:, None], masks[:, None], padding=REACH).flatten(2).max(-1)
+    error = (alpha.square().sum((1, 2))[:, None] - 2 * overlap + mass) / mass
+    best = error.argmin(1)
     rows = torch.arange(len(best))
-    return best, error[rows, best] / mass[best]
+    placed = _shifted(masks[best], shift[rows, best])
+    wrong = ((alpha - placed).abs() > PLAINLY_WRONG).sum((1, 2))
+    return best, torch.maximum(error[rows, best], (wrong - SPECKS) / mass[best])
+
+
+def _shifted(masks: Tensor, shift: Tensor) -> Tensor:
+    """Each mask (q, 32, 32) moved to the place that `shift`, an index of the search, stands for."""
+    span = 2 * REACH + 1
+    down, right = shift // span - REACH, shift % span - REACH
+    line = torch.arange(HALF)
+    rows, columns = line - down[:, None], line - right[:, None]
+    inside = ((rows >= 0) & (rows < HALF))[:, :, None] & ((columns >= 0) & (columns < HALF))[
+        :, None
+    ]
+    q = torch.arange(len(masks))[:, None, None]
+    picked = masks[q, rows.clamp(0, HALF - 1)[:, :, None], columns.clamp(0, HALF - 1)[:, None]]
+    return picked * inside
 
 
 @torch.no_grad()
@@ -185,7 +211,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `n` trials."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 @dataclass(frozen=True)

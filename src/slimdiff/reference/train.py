@@ -8,6 +8,7 @@ stopped, and gives the weights that an uninterrupted call would have given.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -96,10 +97,14 @@ def build(arch: Architecture, seed: int) -> tuple[Any, Any, Any]:
         return build_vae(arch), build_text_encoder(arch), build_unet(arch)
 
 
-def measure_scaling(vae: Any, seed: int) -> float:
-    """One over the deviation of latents, rounded so that every run agrees."""
-    latents = encode(vae, images(scenes("train", 256, seed), seed), 1.0)
-    return round(1 / float(latents.std()), 3)
+def latent_scaling(out: Path, vae: Any) -> float:
+    """One over the deviation of latents, measured once and kept in `out`."""
+    path = out / "scaling.json"
+    if not path.exists() and rank() == 0:
+        latents = encode(vae, images(scenes("train", 256), 0), 1.0)
+        path.write_text(json.dumps(round(1 / float(latents.std()), 3)))
+    wait()
+    return float(json.loads(path.read_text()))
 
 
 # --- the denoiser ------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ class Trainer:
             lambda: train_text(text_encoder, config.text_steps, config.seed),
         )
         self.vae, self.text_encoder, self.unet = vae.eval(), text_encoder, unet
-        self.scaling = measure_scaling(vae, config.seed)
+        self.scaling = latent_scaling(config.out, self.vae)
         self.nets = nn.ModuleDict({"unet": unet, "text": text_encoder})
         self.optimizer = Optimizer(dict(self.nets.named_parameters()), is_matrix, Rates())
         self.progress = Progress()

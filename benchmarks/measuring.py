@@ -1,0 +1,79 @@
+"""What benchmark scripts share: timed stages with their peak memory, the machine, and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slimdiff
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Stages:
+    """Seconds and peak memory of each stage of one process (Linux)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+        self.base_gib = 0.0
+
+    def model_is_built(self) -> None:
+        """Count memory from here on: what the process holds now is the model."""
+        self.base_gib = _status_gib("VmRSS")
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and note the peak above the model while it ran."""
+        Path("/proc/self/clear_refs").write_text("5")
+        start = time.perf_counter()
+        yield
+        row = {
+            "seconds": round(time.perf_counter() - start, 1),
+            "peak_above_model_gib": round(_status_gib("VmHWM") - self.base_gib, 2),
+        }
+        self.rows[name] = row
+        figures = f"{row['seconds']:8.1f} s {row['peak_above_model_gib']:7.2f} GiB"
+        print(f"{name:12s} {figures}", flush=True)
+
+
+def _status_gib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 2**20
+    raise KeyError(key)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and the command that measured them."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "slimdiff": slimdiff.__version__,
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Write a result beside the others."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path
