@@ -33,9 +33,11 @@ QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
 
 def shell(*arguments, cwd=None):
     """The command line in a process of its own."""
-    environment = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    settings = {"COLUMNS": "120", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "slimdiff", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | settings, cwd=cwd
+    )
 
 
 @pytest.fixture

@@ -210,3 +210,26 @@ def _cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         else value
         for name, value in call.items()
     }
+
+
+def test_singular_statistics_give_finite_weights_and_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One call with few tokens, a dead hidden unit and two copies of another."""
+    model, inputs = TINY_MODELS["sd1"]()
+    group = next(g for g in slimdiff.groups_of(model) if g.kind == "feed_forward")
+    up = model.get_submodule(group.paths["up"])
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(group.width, group.width + 1)):
+            up.weight[rows], up.bias[rows] = 0, 0
+        for start in (0, group.width):
+            up.weight[start + 2] = up.weight[start + 1]
+            up.bias[start + 2] = up.bias[start + 1]
+    with slimdiff.record(model) as statistics:
+        model(**inputs[0])
+    with caplog.at_level("WARNING"):
+        plan = slimdiff.allocate(model, statistics, slimdiff.Budget(params=0.9))
+    assert "singular" in caplog.text and group.block in caplog.text
+    slim = slimdiff.rewrite(model, statistics, plan)
+    assert all(p.isfinite().all() for p in slim.parameters())
+    assert plan.entries[group.name].width < group.width

@@ -10,14 +10,10 @@ from safetensors.torch import load_file
 
 from slimdiff.reference.build import Architecture
 from slimdiff.reference.export import generate, save, trained_pipeline
+from slimdiff.reference.objective import draw_timesteps, loss_weights
 from slimdiff.reference.optim import orthogonalise
-from slimdiff.reference.train import (
-    TrainConfig,
-    Trainer,
-    draw_timesteps,
-    loss_weights,
-    parse_config,
-)
+from slimdiff.reference.parallel import agree, average_gradients, leave_group
+from slimdiff.reference.train import TrainConfig, Trainer, parse_config
 
 TINY = Architecture(
     vae_channels=(8, 8, 8),
@@ -83,6 +79,23 @@ def test_an_exported_pipeline_generates(folders: tuple[Path, Path], tmp_path: Pa
     close = generate(again, ["a small red bar top left on navy background"])
     assert made.shape == close.shape == (1, 64, 64, 3)
     assert abs(made - close).mean() < 0.02  # float16 weights
+
+
+def _average_in_a_group(number: int, address: str, expected: float) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{address}", rank=number, world_size=2
+    )
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.full((3,), 2.0 + number)
+    average_gradients([weight])
+    assert torch.equal(weight.grad, torch.full((3,), expected))
+    assert agree(10.0 + number) == 10.0
+    leave_group()
+
+
+def test_processes_average_their_gradients(tmp_path: Path) -> None:
+    address = str(tmp_path / "address")
+    torch.multiprocessing.spawn(_average_in_a_group, args=(address, 2.5), nprocs=2)
 
 
 def test_newton_schulz_pushes_singular_values_towards_one() -> None:

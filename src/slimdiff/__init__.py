@@ -9,6 +9,7 @@ from slimdiff.pipeline import allocate, compress
 from slimdiff.plan import Entry, Plan
 from slimdiff.record import record
 from slimdiff.rewrite import rewrite
+from slimdiff.signatures import select_prompts
 from slimdiff.statistics import Statistics
 
 __version__ = "0.1.0"
@@ -31,4 +32,5 @@ __all__ = [
     "rewrite",
     "save",
     "save_pipeline",
+    "select_prompts",
 ]

@@ -74,16 +74,19 @@ def error_curves(
     device = next(denoiser.parameters()).device
     probes = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device)) if probed else None
     curves: dict[str, ErrorCurve] = {}
+    singular: list[str] = []
     curved = [group for group in groups if group.kind == "feed_forward" or not recipe.heads]
     for done, group in enumerate(curved, start=1):
         decomposition = decompose_group(denoiser, group, statistics, recipe)
         assert isinstance(decomposition, Decomposition)
-        _warn_if_singular(group, decomposition)
+        if decomposition.singular:
+            singular.append(group.name)
         gain = None if probes is None else _gain(probes, group, decomposition)
         order = getattr(decomposition, "order_f", None)
         curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gain, order)
         if progress is not None:
             progress("probe" if probed else "decompose", done, len(curved))
+    _warn_of_singular(singular, len(curved))
     return curves
 
 
@@ -120,10 +123,13 @@ def effective_weights(
     return swapped
 
 
-def _warn_if_singular(group: Group, decomposition: Decomposition) -> None:
-    if decomposition.singular:
+def _warn_of_singular(names: Sequence[str], of: int) -> None:
+    if names:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         logger.warning(
-            "%s: its statistics are singular (fewer tokens than channels, or dead or duplicated "
-            "units); the weights stay finite, but calibrate on more prompts to be sure",
-            group.name,
+            "statistics of %d of %d groups are singular (fewer tokens than channels, or dead or "
+            "duplicated units): %s. The weights stay finite; calibrate on more prompts to be sure",
+            len(names),
+            of,
+            shown,
         )

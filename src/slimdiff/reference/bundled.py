@@ -25,7 +25,6 @@ def load_reference(name: str = "scenes-unet", dtype: Any = None) -> StableDiffus
     It takes captions such as "a large red circle top left on navy background" and makes images of
     64 by 64 pixels; 20 steps at guidance 3 are what it is measured with.
     """
-    import torch
     from diffusers import StableDiffusionPipeline
 
     path = bundled_path(name)
@@ -34,8 +33,6 @@ def load_reference(name: str = "scenes-unet", dtype: Any = None) -> StableDiffus
             f"{path} holds no pipeline; train one with `python -m slimdiff.reference.train` and "
             "package it with `python -m slimdiff.reference.export`"
         )
-    pipe = StableDiffusionPipeline.from_pretrained(
-        path, torch_dtype=dtype or torch.float32, safety_checker=None, local_files_only=True
-    )
+    pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if dtype is None else pipe.to(dtype)

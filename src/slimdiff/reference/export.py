@@ -46,10 +46,11 @@ class Figures:
     test: SceneAccuracy
 
 
-def trained_pipeline(run: Path, arch: Architecture = Architecture()) -> tuple[Any, Progress]:
+def trained_pipeline(run: Path, arch: Architecture | None = None) -> tuple[Any, Progress]:
     """The pipeline of a training folder, with averaged weights in float32, and its progress."""
     from safetensors.torch import load_file
 
+    arch = arch or Architecture()
     vae, text_encoder, unet = build_vae(arch), build_text_encoder(arch), build_unet(arch)
     vae.load_state_dict(load_file(run / "vae.safetensors"))
     state, progress = load_state(run / "state.safetensors")
@@ -103,11 +104,17 @@ def autoencoder_accuracy(vae: Any, n: int = 128, seed: int = 0) -> SceneAccuracy
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Replace `folder` by the pipeline in float16 safetensors."""
+    """Replace `folder` by the pipeline in float16 safetensors.
+
+    The text encoder stays float32: transformers loads the precision that it finds, diffusers
+    float32, and a pipeline loaded without a dtype must not mix the two.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+    pipe.unet.to(torch.float16)
+    pipe.vae.to(torch.float16)
+    pipe.save_pretrained(partial, safe_serialization=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

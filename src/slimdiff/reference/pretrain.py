@@ -26,10 +26,10 @@ def warm_and_decay(step: int, steps: int, warmup: int = 30, decay: float = 0.6) 
 # --- autoencoder -----------------------------------------------------------------------------
 
 
-def train_vae(vae: Any, steps: int, seed: int, *, batch: int = 16, scenes_used: int = 4096) -> None:
+def train_vae(vae: Any, steps: int, seed: int, *, batch: int = 16) -> None:
     """Train `vae` in place: first on crops of 32 pixels (cheap), then on whole images."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = images(scenes("train", scenes_used, seed), seed)
+    pixels = images(scenes("train", min(4096, steps * batch), seed), seed)
     with torch.no_grad():  # begin with little noise in the latents
         vae.quant_conv.bias[4:] = -4
         vae.quant_conv.weight[4:] *= 0.1
@@ -141,7 +141,7 @@ def _scene_labels(batch: list[Scene]) -> Tensor:
 def train_text(text_encoder: Any, steps: int, seed: int, *, batch: int = 128) -> None:
     """Teach `text_encoder` to bind words to objects, which CLIP brings along and it does not."""
     generator = torch.Generator().manual_seed(seed)
-    pool = scenes("train", 20_000, seed + 1)
+    pool = scenes("train", min(20_000, steps * batch), seed + 1)
     tokens = tokenize([caption(s) for s in pool])
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,8 +1,9 @@
 """Train the reference pipeline: `python -m slimdiff.reference.train --out runs/scenes-unet`.
 
 Three stages: autoencoder, text encoder (both minutes), then the denoiser together with the text
-encoder (hours). Every stage leaves its result in `out`; a second call continues where the first
-stopped, and gives the weights that an uninterrupted call would have given.
+encoder. Every stage leaves its result in `out`; a second call continues where the first stopped,
+and gives the weights that an uninterrupted call would have given. On a machine that does other
+work too, `slimdiff.reference.parallel` says how to start it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from slimdiff.reference.build import (
     build_vae,
 )
 from slimdiff.reference.captions import scenes
-from slimdiff.reference.data import Pool, Shard, encode, images, tokenize
+from slimdiff.reference.data import Pool, encode, images
+from slimdiff.reference.objective import Denoising, PlainAttention
 from slimdiff.reference.optim import Optimizer, Rates
 from slimdiff.reference.parallel import (
     agree,
@@ -36,7 +38,6 @@ from slimdiff.reference.parallel import (
     leave_group,
     rank,
     wait,
-    world_size,
 )
 from slimdiff.reference.pretrain import train_text, train_vae
 from slimdiff.reference.state import Progress, load_state, save_state
@@ -55,16 +56,15 @@ class TrainConfig:
     out: Path = _option(Path("runs/scenes-unet"), "folder of checkpoints and of the pipeline")
     steps: int = _option(20_000, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
-    decay: float = _option(0.35, "share of training over which the rate falls to 0 at the end")
+    decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
     batch: int = _option(64, "scenes per step")
-    vae_steps: int = _option(2500, "autoencoder steps")
-    text_steps: int = _option(600, "text encoder steps before it is trained with the denoiser")
+    vae_steps: int = _option(1100, "autoencoder steps")
+    text_steps: int = _option(250, "text encoder steps before it is trained with the denoiser")
     shard: int = _option(2048, "scenes per shard of encoded training data")
     first_shards: int = _option(4, "shards encoded before the first step")
     shard_every: int = _option(120, "steps between two new shards")
     most_shards: int = _option(32, "shards in all")
     save_every: float = _option(300.0, "seconds between checkpoints")
-    compile: bool = _option(False, "compile the denoiser (takes minutes, then runs faster)")
     bfloat16: bool = _option(True, "compute in bfloat16; masters stay float32")
     threads: int = _option(2, "CPU threads")
     seed: int = _option(0, "seed of weights, data and noise")
@@ -108,70 +108,6 @@ def latent_scaling(out: Path, vae: Any) -> float:
 
 
 # --- the denoiser ------------------------------------------------------------------------------
-
-
-class PlainAttention:
-    """Attention by explicit products: on CPU its backward is faster than the fused kernel's."""
-
-    def __call__(
-        self,
-        attn: Any,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """Tokens (n, t, c) to tokens (n, t, c)."""
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(x))
-        key = attn.head_to_batch_dim(attn.to_k(context))
-        value = attn.head_to_batch_dim(attn.to_v(context))
-        shares = (torch.bmm(query * attn.scale, key.mT)).softmax(-1)
-        return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(shares, value)))
-
-
-def draw_timesteps(n: int, generator: torch.Generator) -> Tensor:
-    """Stratified timesteps (n,), most of them where layout and shape are decided."""
-    shares = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    shares = shares[torch.randperm(n, generator=generator)].clamp(1e-4, 1 - 1e-4)
-    logistic = torch.sigmoid(0.3 + 1.1 * torch.special.ndtri(shares))
-    uniform = torch.rand(n, generator=generator)
-    mixed = torch.where(torch.rand(n, generator=generator) < 0.85, logistic, uniform)
-    return (mixed * 1000).long().clamp(0, 999)
-
-
-def loss_weights(occupied: Tensor, emphasis: float = 3.0) -> Tensor:
-    """Weights (n, 1, 16, 16) of mean 1: quadrants with an object count `emphasis` times."""
-    quadrants = 1 + (emphasis - 1) * occupied.float().unflatten(1, (2, 2))
-    quadrants = quadrants / quadrants.mean((1, 2), keepdim=True)
-    return quadrants.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-
-
-@dataclass
-class Denoising:
-    """One training step's forward pass."""
-
-    unet: Any
-    text_encoder: Any
-    alphas: Tensor
-    """Cumulative signal shares by timestep, (1000,)."""
-    dropout: float = 0.1
-
-    def loss(self, batch: Shard, generator: torch.Generator) -> Tensor:
-        """Weighted v-prediction error on `batch`."""
-        n, dtype = len(batch.tokens), next(self.text_encoder.parameters()).dtype
-        part = slice(rank(), None, world_size())  # of a batch that all processes draw alike
-        clean = batch.latents.float()
-        noise = torch.randn(clean.shape, generator=generator)
-        steps = draw_timesteps(n, generator)
-        signal = self.alphas[steps, None, None, None]
-        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        target = signal.sqrt() * noise - (1 - signal).sqrt() * clean
-        blank = torch.rand(n, generator=generator) < self.dropout
-        tokens = torch.where(blank[:, None], tokenize([""]), batch.tokens)
-        states = self.text_encoder(tokens[part]).last_hidden_state
-        noisy = noisy[part].to(dtype).contiguous(memory_format=torch.channels_last)
-        guess = self.unet(noisy, steps[part], states, return_dict=False)[0].float()
-        return ((guess - target[part]).square() * loss_weights(batch.occupied)[part]).mean()
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -235,8 +171,7 @@ class Trainer:
         if self.config.bfloat16:
             self.nets.to(torch.bfloat16)
         self.unet.set_attn_processor(PlainAttention())
-        unet = torch.compile(self.unet) if self.config.compile else self.unet
-        return Denoising(unet, self.text_encoder, build_scheduler().alphas_cumprod)
+        return Denoising(self.unet, self.text_encoder, build_scheduler().alphas_cumprod)
 
     def _pool(self) -> Pool:
         c = self.config
