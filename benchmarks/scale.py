@@ -56,7 +56,7 @@ def main() -> None:
         slim = unet(**calls[0]).sample
     error = float((slim.double() - dense.double()).square().sum() / dense.double().square().sum())
     write(
-        f"scale-{options.model}",
+        f"scale-{options.model}-{plan.allocation}",
         {
             "model": options.model,
             "dtype": str(shape.dtype),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slimdiff.reference import REFERENCES, bundled_path
 from slimdiff.reference.captions import HELD_OUT, SPLITS, caption, parse, prompts, scenes, split_of
-from slimdiff.reference.judge import UNKNOWN, compare, judge, scene_accuracy, wilson
+from slimdiff.reference.judge import UNKNOWN, compare, judge, scene_accuracy
 from slimdiff.reference.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -168,11 +168,6 @@ def test_the_judge_refuses_other_sizes_and_counts() -> None:
         judge(np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="captions"):
         scene_accuracy(np.zeros((2, SIDE, SIDE, 3)), prompts("test", 1))
-
-
-def test_wilson_interval_of_a_known_case() -> None:
-    low, high = wilson(0.5, 100)
-    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
 
 
 def test_an_unknown_reference_is_refused() -> None:

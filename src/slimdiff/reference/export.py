@@ -143,9 +143,10 @@ tested and measured without a download. It draws scenes of one or two objects on
 ## Training
 
 `python -m slimdiff.reference.train`: {samples:,} samples in {steps:,} steps, {minutes:.0f} minutes
-on two CPU cores. Muon for the UNet's matrices, AdamW for the rest, averaged weights. The text
-encoder first learnt to read scenes off captions, then was trained with the UNet. No caption of
-the test, selection or calibration split was trained on, in either order of its objects.
+on two CPU cores that did other work too, after a few minutes for the autoencoder and the text
+encoder. Muon for the UNet's matrices, AdamW for the rest, averaged weights. The text encoder first
+learnt to read scenes off captions, then was trained with the UNet. No caption of the test,
+selection or calibration split was trained on, in either order of its objects.
 
 ## Measured
 

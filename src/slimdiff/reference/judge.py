@@ -8,7 +8,6 @@ object in the quadrant or an object off its place is never forgiven.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from slimdiff.metrics import wilson
 from slimdiff.reference.captions import parse
 from slimdiff.reference.scenes import (
     BACKGROUNDS,
@@ -207,13 +207,6 @@ def compare(read: Scene, wanted: Scene) -> dict[str, bool]:
     return {name: same[name] for name in ATTRIBUTES}
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `n` trials."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
 @dataclass(frozen=True)
 class SceneAccuracy:
     """Shares of `n` images that are right, by attribute."""
@@ -229,7 +222,7 @@ class SceneAccuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the scene accuracy."""
-        return wilson(self.whole, self.n)
+        return wilson(round(self.whole * self.n), self.n)
 
     def __str__(self) -> str:
         """One line of percentages."""

@@ -54,7 +54,7 @@ class TrainConfig:
     """How long and how to train."""
 
     out: Path = _option(Path("runs/scenes-unet"), "folder of checkpoints and of the pipeline")
-    steps: int = _option(20_000, "denoiser steps in all")
+    steps: int = _option(1050, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
     decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
     batch: int = _option(64, "scenes per step")
