@@ -28,7 +28,6 @@ from slimdiff.reference.judge import scene_accuracy
 SHARES = (0.20, 0.41, 0.60)
 ROWS = (
     ("slimdiff", "probed"),
-    ("slimdiff", "uniform"),
     ("paper", "uniform"),
     ("paper", "entropic"),
     ("magnitude", "threshold"),
@@ -89,10 +88,16 @@ def main() -> None:
     parser.add_argument("--test-prompts", type=int, default=512)
     parser.add_argument("--error-prompts", type=int, default=64)
     parser.add_argument("--statistics", type=Path, default=None, help="folder to resume from")
+    parser.add_argument("--only", choices=slimdiff.RECIPES, help="rows of one recipe alone")
     options = parser.parse_args()
     pipe = load_reference("scenes-unet", torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    slim = slim_denoisers(pipe, options)
+    for module in (pipe.unet, pipe.vae):
+        module.to(memory_format=torch.channels_last)
+    slim = {
+        key: unet
+        for key, unet in slim_denoisers(pipe, options).items()
+        if options.only is None or options.only == key[1]
+    }
     texts = prompts("test", options.test_prompts)
     named = {str(key): unet for key, unet in slim.items()}
     errors = evaluate.velocity_errors(
@@ -117,7 +122,7 @@ def main() -> None:
         print(row, flush=True)
         rows.append(row)
     write(
-        "recipes",
+        "recipes" if options.only is None else f"recipes-{options.only}",
         {
             "model": "scenes-unet",
             "removable_params": removable(pipe.unet),

@@ -92,8 +92,7 @@ def main() -> None:
     """Write the page."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "results").glob("*.json"))}
     parts = [HEAD]
-    if "recipes" in found:
-        parts.append(recipes(found["recipes"]))
+    parts += [recipes(result) for name, result in found.items() if name.startswith("recipes")]
     if scales := [result for name, result in found.items() if name.startswith("scale-")]:
         parts.append(scale(scales))
     (HERE / "README.md").write_text("\n".join(parts))

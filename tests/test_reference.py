@@ -124,7 +124,8 @@ def test_the_judge_reads_ground_truth() -> None:
     accuracy = scene_accuracy(images, captions)
     assert accuracy.whole >= 0.98, str(accuracy)
     assert accuracy.n == 300
-    assert accuracy.interval[0] <= accuracy.whole <= accuracy.interval[1]
+    low, high = accuracy.interval
+    assert 0.95 < low <= accuracy.whole <= high + 1e-9
 
 
 def test_the_judge_forgives_a_little_blur() -> None:

@@ -50,7 +50,7 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     share, square = successes / trials, z * z / trials
     centre = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def image_tensor(images: Sequence[Image]) -> Tensor:
