@@ -17,14 +17,14 @@ from slimdiff.probing import Probed
 from slimdiff.recipes import decompose_group
 from tiny_models import TINY_MODELS, Inputs
 
-FAMILIES = pytest.mark.parametrize("name", sorted(TINY_MODELS))
+NOT_OF_ITS_CONFIG = {"plain_gelu"}
+"""Models whose layers were exchanged by hand, so that no config can build them again."""
 
 
 class Case:
     """A tiny model with its inputs, dense outputs and statistics."""
 
     def __init__(self, name: str) -> None:
-        self.is_made_up = name == "plain_gelu"
         self.model, self.inputs = TINY_MODELS[name]()
         with slimdiff.record(self.model) as self.statistics:
             self.dense = outputs(self.model, self.inputs)
@@ -174,10 +174,8 @@ def test_second_compression_refuses(case: Case) -> None:
         slimdiff.rewrite(slim, case.statistics, plan)
 
 
-@CASES
+@pytest.mark.parametrize("case", sorted(set(TINY_MODELS) - NOT_OF_ITS_CONFIG), indirect=True)
 def test_saved_equals_loaded(case: Case, tmp_path: Any) -> None:
-    if case.is_made_up:
-        pytest.skip("its layers are not what its config says, so no config can rebuild it")
     plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.9))
     slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
     slimdiff.save(slim, tmp_path / "slim")

@@ -19,7 +19,7 @@ from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group, linear_at
 from slimdiff.probing import Probed
-from slimdiff.recipes import decompose_group
+from slimdiff.recipes import Ordered, decompose_group
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -44,6 +44,11 @@ class ErrorCurve:
     errors: Tensor = field(repr=False)
     gain: float | None = None
     order: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def ordered(self) -> Ordered | None:
+        """What spares a feed-forward group's decomposition the search for its order."""
+        return None if self.order is None else Ordered(self.order, self.errors)
 
     def at(self, width: int) -> float:
         """Predicted relative squared error of the denoiser's output at `width`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +13,14 @@ from slimdiff.decompose import Decomposition, HeadSelection
 from slimdiff.groups import Group, linear_at
 from slimdiff.statistics import Statistics
 
+
+class Ordered(NamedTuple):
+    """Hidden units (f,), most useful first, and the error at every width (f + 1,)."""
+
+    order_f: Tensor
+    errors: Tensor
+
+
 KEY_MOMENTS = {"centred": "k_centred", "whitened": "k"}
 
 
@@ -20,7 +29,7 @@ def decompose_group(
     group: Group,
     statistics: Statistics,
     recipe: Recipe,
-    order: Tensor | None = None,
+    ordered: Ordered | None = None,
 ) -> Decomposition | HeadSelection:
     """The decomposition of one group under a recipe.
 
@@ -29,17 +38,17 @@ def decompose_group(
         group: what to decompose.
         statistics: of this denoiser.
         recipe: how.
-        order: hidden units of a feed-forward group, most useful first, when known already.
+        ordered: what an earlier decomposition of a feed-forward group found, to spare its search.
 
     Raises:
         SlimdiffError: the statistics lack the group or belong to another model.
     """
     check_statistics(group, statistics, recipe)
-    return DECOMPOSERS[group.kind](denoiser, group, statistics, recipe, order)
+    return DECOMPOSERS[group.kind](denoiser, group, statistics, recipe, ordered)
 
 
 def _query_key(
-    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _order: Tensor | None
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
 ) -> Decomposition | HeadSelection:
     if recipe.heads:
         return _whole_heads(group, statistics)
@@ -50,7 +59,7 @@ def _query_key(
 
 
 def _value_output(
-    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _order: Tensor | None
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
 ) -> Decomposition | HeadSelection:
     if recipe.heads:
         return _whole_heads(group, statistics)
@@ -62,12 +71,22 @@ def _value_output(
 
 
 def _feed_forward(
-    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, order: Tensor | None
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, known: Ordered | None
 ) -> Decomposition | HeadSelection:
+    moment = statistics.mean(f"{group.layer}/h")
+    if known is not None:
+        return decompose.FeedForward(
+            errors=known.errors.to(moment.device),
+            missing=0,
+            order_f=known.order_f,
+            moment_ff=moment,
+            refit=recipe.refit,
+            damping=decompose.DAMPING,
+        )
     return decompose.feed_forward(
         _weight(denoiser, group.paths["down"]),
-        statistics.mean(f"{group.layer}/h"),
-        order=recipe.units if order is None else order,
+        moment,
+        order=recipe.units,
         refit=recipe.refit,
         magnitude_f=statistics.mean(f"{group.layer}/h_magnitude"),
     )

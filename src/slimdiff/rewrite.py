@@ -15,7 +15,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.groups import Group, linear_at
 from slimdiff.plan import Entry, Plan, SlimRecord
-from slimdiff.recipes import check_statistics, decompose_group
+from slimdiff.recipes import Ordered, check_statistics, decompose_group
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ def rewrite(
         check_statistics(group, statistics, recipe)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
-        own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.order)
+        own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
         _put(denoiser, _slim_weights(denoiser, group, plan.entries[group.name], own))
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
@@ -101,11 +101,11 @@ def slim_config(denoiser: nn.Module, groups: list[Group], plan: Plan) -> dict[st
 
 
 def _maps(
-    denoiser: nn.Module, group: Group, statistics: Statistics, plan: Plan, order: Tensor | None
+    denoiser: nn.Module, group: Group, statistics: Statistics, plan: Plan, ordered: Ordered | None
 ) -> dict[str, Tensor]:
     entry = plan.entries[group.name]
     recipe = recipe_named(plan.recipe)
-    decomposition = decompose_group(denoiser, group, statistics, recipe, order)
+    decomposition = decompose_group(denoiser, group, statistics, recipe, ordered)
     size = entry.heads if recipe.heads and group.kind != "feed_forward" else entry.width
     return decomposition.maps(size)
 
