@@ -63,12 +63,17 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_short, sys.argv)]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "slimdiff": slimdiff.__version__,
     }
+
+
+def _short(argument: str) -> str:
+    """An absolute path says where things lie on one machine only: keep its name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from slimdiff.config import Budget, CalibrationConfig, recipe_named
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
-DEFAULT_SHARE = "0.8"
+DEFAULT_SHARE = "0.9"
 COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
 
 
@@ -34,7 +34,7 @@ Out = Annotated[
 ]
 Params = Annotated[
     str | None,
-    _budget("Parameters that stay: a share (0.8) or a count (700M). 0.8 if no budget.", "--params"),
+    _budget("Parameters that stay: a share (0.8) or a count (700M). 0.9 if no budget.", "--params"),
 ]
 Macs = Annotated[
     str | None, _budget("Multiply-accumulates of one forward that stay: 0.7 or 300G.", "--macs")
