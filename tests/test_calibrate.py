@@ -124,7 +124,9 @@ def test_edited_plan_is_used_as_given() -> None:
     entry = slimdiff.Entry(group.kind, 5, group.width)
     plan = slimdiff.Plan("UNet2DConditionModel", "slimdiff", {group.name: entry})
     read = slimdiff.Plan.from_json(plan.to_json())
-    slimdiff.compress(pipe, PROMPTS[:1], plan=read, config=CONFIG)
+    used = slimdiff.compress(pipe, PROMPTS[:1], plan=read, config=CONFIG)
+    assert used.figures["params"] == sum(p.numel() for p in pipe.unet.parameters())
+    assert used.figures["params"] < used.figures["params_dense"]
     assert pipe.unet.get_submodule(group.paths["down"]).in_features == 5
 
 

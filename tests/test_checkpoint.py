@@ -126,14 +126,16 @@ def test_no_code_from_the_folder_runs(pipe, tmp_path):
     save_pipeline(pipe, tmp_path / "pipe")
     for name in ("unet/slim_denoiser.py", "vae/evil.py", "evil.py"):
         (tmp_path / "pipe" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert type(load_pipeline(tmp_path / "pipe").unet) is type(pipe.unet)
+    with pytest.raises(SlimdiffError, match="slim_denoiser.py"):
+        load_pipeline(tmp_path / "pipe")
+    assert type(load_pipeline(tmp_path / "pipe", verify=False).unet) is type(pipe.unet)
     index = tmp_path / "pipe" / "model_index.json"
     text = index.read_text()
     hostile = {"vae": ["evil", "AutoencoderKL"], "_class_name": ["evil", "Evil"]}
     for key, value in hostile.items():
         index.write_text(json.dumps(json.loads(text) | {key: value}))
         with pytest.raises(SlimdiffError, match="cannot be loaded"):
-            load_pipeline(tmp_path / "pipe")
+            load_pipeline(tmp_path / "pipe", verify=False)
     assert not (tmp_path / "ran").exists()
 
 

@@ -50,8 +50,8 @@ class Budget:
         given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
         if len(given) != 1:
             raise SlimdiffError(
-                f"a budget is exactly one of params, macs and remove, got {given or 'none'}; "
-                f"for example Budget(params=0.8)"
+                f"a budget is exactly one of params, macs and remove, got "
+                f"{' and '.join(given) or 'none'}; for example params 0.8"
             )
         parse_amount(getattr(self, given[0]), given[0])
 

@@ -37,6 +37,7 @@ def replacing(out: str | Path, marker: str) -> Iterator[Path]:
     try:
         yield new
         _flush(new)
+        _open_modes(new)
         _swap(target, new, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -83,6 +84,12 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
+
+
+def _open_modes(folder: Path) -> None:
+    """Let whoever may read a folder's JSON read its weights, which are written private."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def read_json(path: Path) -> dict[str, Any]:

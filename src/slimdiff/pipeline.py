@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.plan import Plan
-from slimdiff.planning import Allocation, check_budget, make_plan
+from slimdiff.planning import Allocation, check_budget, counted, make_plan
 from slimdiff.probing import Probed
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
@@ -72,6 +73,8 @@ def compress(
         with _timed(seconds, "allocate"):
             curves = measure_curves(denoiser, statistics, **how, progress=progress)
             plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
+    else:
+        plan = _given(denoiser, statistics, plan)
     device = next(denoiser.parameters()).device
     probed = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
     with _timed(seconds, "rewrite"):
@@ -81,6 +84,14 @@ def compress(
     plan.figures["seconds"] = seconds
     plan.figures["calibration"] = statistics.source
     return plan
+
+
+def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
+    """A plan that was passed in, with figures of its own widths."""
+    groups = groups_of(denoiser)
+    costs = costs_.measure(denoiser, groups, statistics.probes.batches(1)[0])
+    figures = counted(groups, costs, plan.entries)
+    return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
 def _refuse_impossible(

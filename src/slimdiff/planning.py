@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from slimdiff import allocate
 from slimdiff.config import Budget, Recipe
@@ -79,7 +80,7 @@ def make_plan(
         for bundle, size in zip(bundles, sizes, strict=True)
         for group in bundle.groups
     }
-    figures = _figures(bundles, sizes, costs)
+    figures = counted(groups, costs, entries)
     if allocation.name == "probed":
         figures["predicted_error"] = sum(
             curves[name].at(entry.width) for name, entry in entries.items()
@@ -169,16 +170,19 @@ def _solve(units: Sequence[allocate.Unit], limit: int, allocation: Allocation) -
     return allocate.threshold(units, limit)
 
 
-def _figures(bundles: Sequence[_Bundle], sizes: Sequence[int], costs: Costs) -> dict[str, object]:
-    figures: dict[str, object] = {}
+def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Parameters and MACs, dense and slim, of a denoiser with these entries."""
+    figures: dict[str, Any] = {}
     for metric in ("params", "macs"):
-        dense = costs.total(metric)
         saved = sum(
-            costs.groups[group.name].of(
-                metric, bundle.inner(group, bundle.sizes[-1]) - bundle.inner(group, size)
-            )
-            for bundle, size in zip(bundles, sizes, strict=True)
-            for group in bundle.groups
+            costs.groups[group.name].of(metric, group.heads * group.width - _inner(entries, group))
+            for group in groups
         )
-        figures |= {f"{metric}_dense": dense, f"{metric}": dense - saved}
+        dense = costs.total(metric)
+        figures |= {f"{metric}_dense": dense, metric: dense - saved}
     return figures
+
+
+def _inner(entries: Mapping[str, Entry], group: Group) -> int:
+    entry = entries.get(group.name)
+    return group.heads * group.width if entry is None else entry.heads * entry.width

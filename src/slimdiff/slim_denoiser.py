@@ -337,8 +337,9 @@ def _compact(value: Tensor) -> Tensor:
 
 
 def write_manifest(folder: Path) -> None:
-    """List sizes and SHA-256 sums of the weights, the maps, the plan and the config."""
-    names = sorted({p.name for p in folder.glob("*.safetensors")} | {PLAN_FILE, "config.json"})
+    """List sizes and SHA-256 sums of the weights, the maps, the plan, the config and this file."""
+    fixed = {PLAN_FILE, "config.json", f"{MODULE}.py"}
+    names = sorted({p.name for p in folder.glob("*.safetensors")} | fixed)
     files = {name: fingerprint(folder / name) for name in names if (folder / name).is_file()}
     text = json.dumps({"version": VERSION, "files": files}, indent=1) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")

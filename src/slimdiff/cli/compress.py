@@ -9,9 +9,11 @@ import typer
 
 from slimdiff.cli import console, models, options
 from slimdiff.config import Budget, CalibrationConfig, recipe_named
+from slimdiff.denoiser import NAMES
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
+PLAN_FILE = "slimdiff.json"
 DEFAULT_SHARE = "0.9"
 COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
 
@@ -97,10 +99,13 @@ weights follow in closed form.
 A run that was interrupted goes on from its last finished batch when the same command is given
 again. Another budget or recipe for the same prompts and sampling reuses the recorded statistics.
 
+An earlier slim pipeline in OUT is replaced once the new one is complete; other folders are refused.
+
 **Examples**
 
 - `slimdiff compress`
 - `slimdiff compress ./stable-diffusion-v1-5 --prompts captions.txt --remove 100M`
+- `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
 """
@@ -199,6 +204,11 @@ def _refuse_unusable(where: models.Source, out: Path) -> None:
         raise SlimdiffError(f"--out {out}: is the model itself; name another folder")
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
+    for name in NAMES:
+        if (Path(where.path) / name / PLAN_FILE).is_file():
+            raise SlimdiffError(
+                f"{where.path}: is slim already; start from the dense model, with a smaller budget"
+            )
 
 
 def _report(plan: Plan, out: Path, checkpoint: Path) -> None:

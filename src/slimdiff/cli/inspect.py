@@ -12,7 +12,8 @@ HELP = """Show the groups of a pipeline's denoiser: what can shrink, and what it
 
 A group is a set of layers that shrink together: the query and key, or the value and output
 projections of an attention layer, or the two linears of a feed-forward layer. MACs are those of one
-forward at batch 1 and the model's native size. A slim pipeline shows its present widths.
+forward at batch 1, the model's native size and 77 text tokens; a plan counts those of the inputs
+that it was calibrated with. A slim pipeline shows its present widths.
 
 **Examples**
 
