@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 HEAD = """# Benchmarks
 
 Every figure here was written by a script of this folder; `python benchmarks/tables.py` renders this
-page from `results/`. Times are of one run on the machine named with them.
+page from `results/`. Times are of one run on the machine named with them, which other jobs shared:
+read them as upper bounds.
 """
 
 
@@ -77,8 +78,9 @@ def scale(results: Sequence[dict[str, Any]]) -> str:
         run = (
             f"{result['dtype'].removeprefix('torch.')}, {result['latents']} by {result['latents']}"
         )
-        rows.append([result["model"], size, run, result["allocation"], *cells])
-    head = ("UNet", "parameters", "dtype, latents", "allocation", *stages)
+        how = f"{result['recipe']}, {result['allocation']}"
+        rows.append([result["model"], size, run, how, *cells])
+    head = ("UNet", "parameters", "dtype, latents", "recipe, allocation", *stages)
     commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
     return (
         "## Scale\n\nPublished configurations with random weights, one process each: seconds and "
