@@ -210,8 +210,9 @@ def _cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_singular_statistics_give_finite_weights_and_a_warning(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
     """One call with few tokens, a dead hidden unit and two copies of another."""
     model, inputs = TINY_MODELS["sd1"]()
@@ -223,7 +224,7 @@ def test_singular_statistics_give_finite_weights_and_a_warning(
         for start in (0, group.width):
             up.weight[start + 2] = up.weight[start + 1]
             up.bias[start + 2] = up.bias[start + 1]
-    with slimdiff.record(model) as statistics:
+    with slimdiff.record(model, dtype=dtype) as statistics:
         model(**inputs[0])
     with caplog.at_level("WARNING"):
         plan = slimdiff.allocate(model, statistics, slimdiff.Budget(params=0.9))

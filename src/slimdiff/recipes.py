@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from slimdiff import decompose
@@ -20,6 +21,10 @@ class Ordered(NamedTuple):
     order_f: Tensor
     errors: Tensor
 
+
+FLOAT32_DAMPING = 1e-5
+"""Ridge where sums are float32: their rounding reaches 2e-6 of the mean diagonal, and a ridge below
+it leaves a moment of few tokens indefinite."""
 
 KEY_MOMENTS = {"centred": "k_centred", "whitened": "k"}
 
@@ -65,15 +70,16 @@ def _value_output(
         return _whole_heads(group, statistics)
     refit = recipe.values == "refit"
     moment = statistics.mean(f"{group.layer}/{'z' if refit else 'v'}")
-    return decompose.value_output(
-        _weight(denoiser, group.paths["out"]), moment, group.heads, refit=refit
-    )
+    damping = _damping(statistics, f"{group.layer}/{'z' if refit else 'v'}")
+    weight = _weight(denoiser, group.paths["out"])
+    return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
 
 
 def _feed_forward(
     denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, known: Ordered | None
 ) -> Decomposition | HeadSelection:
     moment = statistics.mean(f"{group.layer}/h")
+    damping = _damping(statistics, f"{group.layer}/h")
     if known is not None:
         return decompose.FeedForward(
             errors=known.errors.to(moment.device),
@@ -81,7 +87,7 @@ def _feed_forward(
             order_f=known.order_f,
             moment_ff=moment,
             refit=recipe.refit,
-            damping=decompose.DAMPING,
+            damping=damping,
         )
     return decompose.feed_forward(
         _weight(denoiser, group.paths["down"]),
@@ -89,6 +95,7 @@ def _feed_forward(
         order=recipe.units,
         refit=recipe.refit,
         magnitude_f=statistics.mean(f"{group.layer}/h_magnitude"),
+        damping=damping,
     )
 
 
@@ -138,6 +145,11 @@ def _whole_heads(group: Group, statistics: Statistics) -> HeadSelection:
 def _head_magnitudes(group: Group, statistics: Statistics) -> Tensor:
     channels = statistics.mean(f"{group.layer}/z_magnitude")
     return channels.unflatten(0, (group.heads, group.width)).mean(1)
+
+
+def _damping(statistics: Statistics, name: str) -> float:
+    exact = statistics.sums[name].dtype == torch.float64
+    return decompose.DAMPING if exact else FLOAT32_DAMPING
 
 
 def _weight(denoiser: nn.Module, path: str) -> Tensor:
