@@ -13,12 +13,13 @@ import json
 import string
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import SHAPES, build
 
 
-def tokenizer() -> object:
+def tokenizer() -> Any:
     """A CLIP tokenizer whose vocabulary is the printable characters."""
     from transformers import CLIPTokenizer
 
@@ -48,9 +49,9 @@ def main() -> None:
         num_hidden_layers=12,
         num_attention_heads=12,
         projection_dim=768,
-        bos_token_id=len(words) - 2,  # type: ignore[arg-type]
-        eos_token_id=len(words) - 1,  # type: ignore[arg-type]
-        pad_token_id=len(words) - 1,  # type: ignore[arg-type]
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
     )
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
