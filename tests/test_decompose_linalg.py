@@ -49,7 +49,7 @@ def test_one_singular_matrix_does_not_spoil_its_batch():
 def test_inverse_of_factored(monkeypatch, strip):
     monkeypatch.setattr(linalg, "_STRIP", strip)
     c_nn = moment(0, 17, 40)
-    inverse_nn = linalg.inverse_of_factored(torch.linalg.cholesky(c_nn))
+    inverse_nn = linalg.inverse_of_factored_(torch.linalg.cholesky(c_nn))
     assert_close(inverse_nn, torch.linalg.inv(c_nn), rtol=1e-9, atol=1e-9)
 
 
@@ -67,7 +67,7 @@ def test_symmetric_root_squares_to_the_moment_and_counts_what_is_missing(seed, s
 def test_missing_directions_sees_through_the_damping(rank, expected):
     c_nn = moment(3, 9, rank)
     l_nn = linalg.triangular_factor(linalg.damped(c_nn, 1e-6))
-    assert linalg.missing_directions(l_nn, linalg.ridge_of(c_nn, 1e-6)) == expected
+    assert linalg.missing_directions_(l_nn, linalg.ridge_of(c_nn, 1e-6)) == expected
 
 
 def test_refit_curve_is_the_least_squares_error_of_every_prefix():

@@ -14,7 +14,7 @@ from slimdiff.decompose.linalg import (
     DAMPING,
     checked_moment,
     damped,
-    missing_directions,
+    missing_directions_,
     refit_coupling,
     refit_curve,
     ridge_of,
@@ -200,7 +200,7 @@ def _joint_curve(w_rot_hoe: Tensor, c_ii: Tensor, damping: float) -> tuple[Tenso
     w_oi = w_rot_hoe.permute(1, 2, 0).reshape(o, e * heads)
     l_ii = triangular_factor(damped(c_ii, damping))
     errors = refit_curve(w_oi, l_ii)[::heads].contiguous()
-    return errors, missing_directions(l_ii, ridge_of(c_ii, damping))
+    return errors, missing_directions_(l_ii, ridge_of(c_ii, damping))
 
 
 def _rotated_joint(c_ii: Tensor, basis_hee: Tensor) -> Tensor:

@@ -13,14 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimdiff.decompose.linalg import inverse_of_factored, triangular_factor
+from slimdiff.decompose.linalg import damped, inverse_of_factored_, triangular_factor
 
 ROUND = 128
 CANDIDATES = 2 * ROUND
 
 
 def elimination_order(
-    w_down_of: Tensor, c_ff: Tensor, *, round_size: int = ROUND, candidates: int = CANDIDATES
+    w_down_of: Tensor,
+    c_ff: Tensor,
+    damping: float = 0.0,
+    *,
+    round_size: int = ROUND,
+    candidates: int = CANDIDATES,
 ) -> Tensor:
     """Units (f,) int64, the last to go first, so that every prefix is what remains at its width.
 
@@ -31,7 +36,8 @@ def elimination_order(
 
     Args:
         w_down_of: (o, f) weight of the down projection, float64.
-        c_ff: (f, f) moment of its input, damped, float64.
+        c_ff: (f, f) moment of its input, float64.
+        damping: ridge as a share of the moment's mean diagonal.
         round_size: units removed between two updates of everything.
         candidates: units that compete in a round, at least `round_size`.
 
@@ -42,7 +48,7 @@ def elimination_order(
         raise ValueError(f"round_size must be within 1 .. {candidates}, got {round_size}")
     state = _Remaining(
         units_m=torch.arange(len(c_ff), device=c_ff.device),
-        inverse_mm=inverse_of_factored(triangular_factor(c_ff)),
+        inverse_mm=inverse_of_factored_(triangular_factor(damped(c_ff, damping))),
         weight_mo=w_down_of.mT.clone(),
     )
     removed: list[Tensor] = []

@@ -16,8 +16,8 @@ from slimdiff.decompose.linalg import (
     DAMPING,
     checked_moment,
     damped,
-    inverse_of_factored,
-    missing_directions,
+    inverse_of_factored_,
+    missing_directions_,
     refit_coupling,
     refit_curve,
     ridge_of,
@@ -103,14 +103,12 @@ def feed_forward(
             leverage_ridge=leverage_ridge,
             damping=damping,
         )
-    ridge = ridge_of(c_ff, damping)
-    c_ff = _permuted(c_ff, order_f)
     w_of = w_down_of.double()[:, order_f]
-    plain_errors = None if refit else truncation_curve(w_of, c_ff)
-    l_ff = triangular_factor(damped(c_ff, damping))
+    l_ff = triangular_factor(damped(_permuted(c_ff, order_f), damping))
+    errors = refit_curve(w_of, l_ff) if refit else truncation_curve(w_of, _permuted(c_ff, order_f))
     return FeedForward(
-        errors=refit_curve(w_of, l_ff) if plain_errors is None else plain_errors,
-        missing=missing_directions(l_ff, ridge),
+        errors=errors,
+        missing=missing_directions_(l_ff, ridge_of(c_ff, damping)),
         order_f=order_f,
         moment_ff=h_moment_ff,
         refit=refit,
@@ -139,7 +137,7 @@ def unit_order(
     """
     c_ff = _checked(w_down_of, h_moment_ff)
     if order == "elimination":
-        return elimination_order(w_down_of.double(), damped(c_ff, damping))
+        return elimination_order(w_down_of.double(), c_ff, damping)
     if order == "leverage":
         return _leverage(c_ff, leverage_ridge).argsort(descending=True, stable=True)
     if order == "magnitude":
@@ -151,7 +149,7 @@ def _leverage(c_ff: Tensor, ridge_share: float) -> Tensor:
     """Ridge leverage (f,), as 1 - l diag((C + l I)^-1)."""
     if ridge_share <= 0:
         raise ValueError(f"leverage_ridge must be positive, got {ridge_share}")
-    inverse_ff = inverse_of_factored(triangular_factor(damped(c_ff, ridge_share)))
+    inverse_ff = inverse_of_factored_(triangular_factor(damped(c_ff, ridge_share)))
     return 1 - ridge_of(c_ff, ridge_share) * inverse_ff.diagonal()
 
 

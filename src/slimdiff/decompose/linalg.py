@@ -81,36 +81,42 @@ def triangular_factor(c_nn: Tensor) -> Tensor:
     return (upper_nn * signs_n.unsqueeze(-1)).mT
 
 
-def inverse_root(l_nn: Tensor) -> Tensor:
-    """L^-1 (n, n) of a lower-triangular `l_nn` (n, n), in strips that skip its zeros."""
+def inverse_root_(l_nn: Tensor) -> Tensor:
+    """L^-1 (n, n), written over the lower-triangular `l_nn` (n, n) in strips that skip zeros.
+
+    A strip of columns needs only itself and what stands to its right.
+    """
     n = l_nn.shape[-1]
-    root_nn = torch.zeros_like(l_nn)
     for start, stop in _strips(n):
         eye_nk = torch.eye(n - start, stop - start, dtype=l_nn.dtype, device=l_nn.device)
         columns_nk = torch.linalg.solve_triangular(l_nn[start:, start:], eye_nk, upper=False)
-        root_nn[start:, start:stop] = columns_nk
-    return root_nn
+        l_nn[start:, start:stop] = columns_nk
+    return l_nn
 
 
-def inverse_of_factored(l_nn: Tensor) -> Tensor:
-    """(L L^T)^-1 (n, n) of a lower-triangular `l_nn`; faster than `torch.cholesky_inverse`."""
-    root_nn = inverse_root(l_nn)
-    inverse_nn = torch.zeros_like(l_nn)
+def inverse_of_factored_(l_nn: Tensor) -> Tensor:
+    """(L L^T)^-1 (n, n), written over `l_nn`; faster than `torch.cholesky_inverse`.
+
+    With R = L^-1 it is R^T R, whose strip of rows needs only the rows of R from there on.
+    """
+    inverse_nn = inverse_root_(l_nn)
     for start, stop in _strips(l_nn.shape[-1]):
-        rows_kn = root_nn[start:stop, :stop]
-        inverse_nn[:stop, :stop].addmm_(rows_kn.mT, rows_kn)
+        inverse_nn[start:stop, :stop] = inverse_nn[start:, start:stop].mT @ inverse_nn[start:, :stop]
+        inverse_nn[:start, start:stop] = inverse_nn[start:stop, :start].mT
     return inverse_nn
 
 
-def missing_directions(l_nn: Tensor, ridge: Tensor) -> int:
+def missing_directions_(l_nn: Tensor, ridge: Tensor) -> int:
     """Number of entries which those before them determine, where L L^T = C + ridge I.
+
+    `l_nn` is overwritten.
 
     Row j of L^-1 is (-b, 1) / L_jj with b the prediction of entry j from those before it, and
     L_jj^2 is the variance that is left plus ridge |(-b, 1)|^2. So ridge |row j|^2 is the share
     of the ridge in what is left; an entry counts from one half.
     """
     floor = _floor(l_nn.square().sum(-1))
-    share_n = inverse_root(l_nn).square().sum(-1) * torch.maximum(ridge, floor)
+    share_n = inverse_root_(l_nn).square_().sum(-1) * torch.maximum(ridge, floor)
     return int((share_n >= 0.5).sum())
 
 

@@ -1,0 +1,142 @@
+"""Results: what was measured, as JSON that the report renders and that outlives this version.
+
+One schema for all: a file holds any of the sections below, and several files of the same model add
+up (`merged`), so that `compress` and `evaluate` each write what they know.
+
+- `made`: command, date, versions, machine, threads, dtype; `made_by` gives it.
+- `model`: {"dense", "slim", "class"}: names, and the class of the denoiser.
+- `plan`: {"recipe", "allocation", "budget", "figures"}.
+- `groups`: a list of {"name", "kind", "block", "layer", "width", "dense_width", "heads",
+  "dense_heads", "params", "params_dense", "macs", "macs_dense", "gain", "curve": {"widths": [...],
+  "errors": [...]}}; `curve` is the predicted relative squared error of the denoiser's output (of
+  the group's own output where `gain` is None), or None where the recipe has none.
+- `rest`: {"params", "macs"} of everything that is in no group.
+- `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
+  "images": {"psnr", "ssim", "count"}, "frechet": {"value", "features", "count"}, "kernel": {"value",
+  "features", "count"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim":
+  S}} with S = {"whole", "interval": [low, high], "attributes": {name: {"share", "interval"}},
+  "count"}; a metric that could not be measured is {"unavailable": reason}.
+- `cost`: {"params", "macs", "bytes", "peak_memory": each {"dense", "slim"}, "latency": {"denoiser"
+  and "pipeline": {"dense", "slim", "speedup", "runs", "of"}}, "macs_allow", "share_reached"};
+  bytes, seconds, parameters and MACs as they are; `macs_allow` is the speed-up that the ratio of
+  MACs allows, and `share_reached` the measured denoiser speed-up over it.
+- `images`: a list of {"prompt", "seed", "dense", "slim"}, images as base64 PNG.
+- `prompt_counts`: a list of {"prompts", "velocity_error"}: error by size of the calibration set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimdiff.errors import SlimdiffError
+
+SCHEMA, VERSION = "slimdiff.results", 1
+SECTIONS = (
+    "made",
+    "model",
+    "plan",
+    "groups",
+    "rest",
+    "fidelity",
+    "cost",
+    "images",
+    "prompt_counts",
+)
+PACKAGES = ("slimdiff", "torch", "diffusers", "transformers")
+
+Results = dict[str, Any]
+
+
+def made_by(**more: Any) -> dict[str, Any]:
+    """How results came about: the command, when, on what, with which versions, and `more`."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": processor(),
+        "threads": torch.get_num_threads(),
+    } | more
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def write(path: str | Path, results: Mapping[str, Any]) -> Path:
+    """Write results as JSON, atomically.
+
+    Raises:
+        ValueError: a section that the schema does not know.
+    """
+    path = Path(path)
+    if unknown := set(results) - set(SECTIONS):
+        raise ValueError(f"results have no sections {sorted(unknown)}; known: {SECTIONS}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"schema": SCHEMA, "version": VERSION, **results}, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read(path: str | Path) -> Results:
+    """The sections of a results file.
+
+    Raises:
+        SlimdiffError: no such file, not results, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SlimdiffError(f"{path}: no such file; expected results that slimdiff wrote")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SlimdiffError(f"{path}: not JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise SlimdiffError(
+            f'{path}: not results of slimdiff (no "schema": "{SCHEMA}"); expected what '
+            f"`slimdiff evaluate` or `slimdiff compress` wrote"
+        )
+    if data.get("version") != VERSION:
+        raise SlimdiffError(
+            f"{path}: results version {data.get('version')}, this slimdiff reads {VERSION}; "
+            f"upgrade slimdiff"
+        )
+    return {name: data[name] for name in SECTIONS if name in data}
+
+
+def merged(parts: Iterable[Results]) -> Results:
+    """The sections of all parts; of a section that several have, the last one's.
+
+    `made` becomes a list, so that every part says how it came about.
+
+    Raises:
+        SlimdiffError: nothing to merge, or results of different models.
+    """
+    parts = list(parts)
+    if not parts:
+        raise SlimdiffError("no results: give at least one file")
+    whole: Results = {}
+    for part in parts:
+        classes = {p["model"]["class"] for p in (whole, part) if "model" in p}
+        if len(classes) > 1:
+            raise SlimdiffError(
+                f"results of different models do not add up: {' and '.join(sorted(classes))}"
+            )
+        whole |= part
+    whole["made"] = [part["made"] for part in parts if "made" in part]
+    return whole
