@@ -167,6 +167,17 @@ def test_untied_widths_run(case: Case) -> None:
 
 
 @CASES
+def test_slim_models_are_one_graph_for_the_compiler(case: Case) -> None:
+    slim = case.copy()
+    budget = slimdiff.Budget(params=0.93)
+    plan = slimdiff.allocate(slim, case.statistics, budget, allocation="uniform")
+    slimdiff.rewrite(slim, case.statistics, plan)
+    compiled = torch.compile(slim, fullgraph=True, backend="eager")
+    got, expected = outputs(compiled, case.inputs[:1]), outputs(slim, case.inputs[:1])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@CASES
 def test_second_compression_refuses(case: Case) -> None:
     plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.95))
     slim = slimdiff.rewrite(case.copy(), case.statistics, plan)

@@ -70,6 +70,16 @@ def test_missing_directions_sees_through_the_damping(rank, expected):
     assert linalg.missing_directions_(l_nn, linalg.ridge_of(c_nn, 1e-6)) == expected
 
 
+def test_damping_grows_until_a_moment_rounded_below_zero_is_definite():
+    c_nn = moment(3, 9, 4)
+    assert linalg.definite_damping(c_nn, 1e-6) == 1e-6
+    values_n, vectors_nn = torch.linalg.eigh(c_nn)
+    values_n[0] = -3e-5 * float(c_nn.diagonal().mean())
+    rounded_nn = vectors_nn * values_n @ vectors_nn.mT
+    assert linalg.definite_damping(rounded_nn, 1e-6) == pytest.approx(1e-4)
+    assert linalg.definite_damping(-torch.eye(3).double(), 1e-6) == pytest.approx(1e-3)
+
+
 def test_refit_curve_is_the_least_squares_error_of_every_prefix():
     generator = torch.Generator().manual_seed(0)
     x_tn = torch.randn(50, 8, generator=generator).double() @ moment(1, 8, 8)

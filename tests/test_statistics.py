@@ -182,3 +182,14 @@ def test_flatten_and_nest_are_inverse() -> None:
     nested = nest(tensors | constants)
     assert set(nested) == {"sample", "timestep", "added_cond_kwargs", "flag"}
     assert torch.equal(nested["added_cond_kwargs"]["time_ids"], torch.zeros(2, 6))
+
+
+def test_merging_runs_that_were_sampled_differently_warns(caplog):
+    parts = [
+        Statistics("X", Probes(1), source={"config": {"num_inference_steps": n, "seed": n}})
+        for n in (2, 2, 3)
+    ]
+    Statistics.merge(parts[:2])
+    assert not caplog.records
+    Statistics.merge(parts)
+    assert "sampled with different num_inference_steps" in caplog.text

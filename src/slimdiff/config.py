@@ -128,7 +128,8 @@ class Recipe:
 
     Attributes:
         keys: moment of the keys: `centred` over the tokens of a sample, or plain `whitened`.
-        values: `refit` (post-attention moment, joint refit) or `whitened` (moment of v).
+        values: `refit` (post-attention moment, joint refit), `attended` (the same moment, heads
+            apart) or `whitened` (moment of v).
         units: order in which hidden units stay: `elimination`, `leverage` or `magnitude`.
         refit: whether the down projection is refit to the units that stay.
         heads: attention loses whole heads by magnitude instead of width per head.
@@ -137,7 +138,7 @@ class Recipe:
 
     name: str
     keys: Literal["centred", "whitened"] = "centred"
-    values: Literal["refit", "whitened"] = "refit"
+    values: Literal["refit", "attended", "whitened"] = "refit"
     units: Literal["elimination", "leverage", "magnitude"] = "elimination"
     refit: bool = True
     heads: bool = False

@@ -8,7 +8,7 @@ the dense-size weight that behaves as the slim one, and the probes are run again
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -62,11 +62,14 @@ def error_curves(
     recipe: Recipe,
     *,
     probed: bool = True,
+    known: Mapping[str, ErrorCurve] | None = None,
+    keep: Callable[[Mapping[str, ErrorCurve]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ErrorCurve]:
     """The error curve of every group, with its gain if `probed`.
 
-    Recipes that remove whole heads have no curve for attention: it is left out.
+    Recipes that remove whole heads have no curve for attention: it is left out. Curves that are
+    `known` are not measured again; `keep` is called with all of them after each measurement.
 
     Raises:
         SlimdiffError: statistics of another model, or no probes to measure gains on.
@@ -76,12 +79,12 @@ def error_curves(
             "the statistics are empty: run the denoiser inside slimdiff.record(), or calibrate "
             "with at least one prompt"
         )
-    device = next(denoiser.parameters()).device
-    probes = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device)) if probed else None
-    curves: dict[str, ErrorCurve] = {}
+    curves: dict[str, ErrorCurve] = dict(known or {})
     singular: list[str] = []
     curved = [group for group in groups if group.kind == "feed_forward" or not recipe.heads]
-    for done, group in enumerate(curved, start=1):
+    missing = [group for group in curved if group.name not in curves]
+    probes = probes_of(denoiser, statistics) if probed and missing else None
+    for done, group in enumerate(missing, start=1 + len(curved) - len(missing)):
         decomposition = decompose_group(denoiser, group, statistics, recipe)
         assert isinstance(decomposition, Decomposition)
         if decomposition.singular:
@@ -89,10 +92,22 @@ def error_curves(
         gain = None if probes is None else _gain(probes, group, decomposition)
         order = getattr(decomposition, "order_f", None)
         curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gain, order)
+        if keep is not None:
+            keep(curves)
         if progress is not None:
             progress("probe" if probed else "decompose", done, len(curved))
     _warn_of_singular(singular, len(curved))
     return curves
+
+
+def probes_of(denoiser: nn.Module, statistics: Statistics) -> Probed:
+    """The denoiser as it stands, with the statistics' probes to measure changes on.
+
+    Raises:
+        SlimdiffError: the statistics hold no probes.
+    """
+    device = next(denoiser.parameters()).device
+    return Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
 
 
 def _gain(probes: Probed, group: Group, decomposition: Decomposition) -> float:

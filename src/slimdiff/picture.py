@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,13 @@ def image_grid(rows: Mapping[str, Sequence[Image]], prompts: Sequence[str]) -> I
         for column, image in enumerate(row):
             canvas.paste(image, (left + column * (width + GAP), y))
     return canvas
+
+
+def base64_png(image: Image) -> str:
+    """An image as base64 of its PNG file, for JSON and HTML."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _check(rows: Mapping[str, Sequence[Image]], prompts: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,14 @@ from torch import nn
 from slimdiff import costs as costs_
 from slimdiff.calibrate import calibrate
 from slimdiff.config import Budget, CalibrationConfig, recipe_named
-from slimdiff.curves import PROBE_BATCH, ErrorCurve, error_curves
+from slimdiff.curve_file import CurveFile
+from slimdiff.curves import ErrorCurve, error_curves, probes_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
+from slimdiff.job import Job
 from slimdiff.plan import Plan
 from slimdiff.planning import Allocation, check_budget, counted, make_plan
-from slimdiff.probing import Probed
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 
@@ -42,6 +42,8 @@ def compress(
     temperature: float = 0.1,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
+    results: str | Path | None = None,
+    pictures: int = 4,
     progress: Progress | None = None,
 ) -> Plan:
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
@@ -53,37 +55,58 @@ def compress(
         plan: widths to use instead of allocating them.
         recipe, allocation, tied, multiple, temperature: see `allocate`.
         config: how calibration samples.
-        checkpoint: folder to save statistics to after every batch, and to resume from.
+        checkpoint: folder to save statistics and error curves to, and to resume from.
+        results: file to write what was done to, for `slimdiff report`; with it, images of the first
+            prompts are drawn before and after.
+        pictures: how many.
         progress: called with (stage, done, in all).
 
     Raises:
         SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
             already slim denoiser, NaN or infinity in an activation.
     """
-    name, denoiser = denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)[1]
+    config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     _refuse_impossible(denoiser, budget, plan, how | finer)
-    seconds: dict[str, float] = {}
-    curves: dict[str, ErrorCurve] = {}
-    with _timed(seconds, "calibrate"):
+    job = Job(pipe, list(prompts), config, results, pictures if results else 0)
+    job.draw("dense")
+    with job.timed("calibrate"):
         statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
+    curves: dict[str, ErrorCurve] = {}
     if plan is None:
         assert budget is not None
-        with _timed(seconds, "allocate"):
-            curves = measure_curves(denoiser, statistics, **how, progress=progress)
+        with job.timed("allocate"):
+            curves = measure_curves(
+                denoiser, statistics, **how, folder=checkpoint, progress=progress
+            )
             plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
     else:
         plan = _given(denoiser, statistics, plan)
-    device = next(denoiser.parameters()).device
-    probed = Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
-    with _timed(seconds, "rewrite"):
-        rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
-    setattr(pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
-    plan.figures["error_on_probes"] = probed.error({})
-    plan.figures["seconds"] = seconds
-    plan.figures["calibration"] = statistics.source
+    _finish(job, statistics, plan, curves, progress)
     return plan
+
+
+def _finish(
+    job: Job,
+    statistics: Statistics,
+    plan: Plan,
+    curves: Mapping[str, ErrorCurve],
+    progress: Progress | None,
+) -> None:
+    """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
+    name, denoiser = denoiser_of(job.pipe)
+    probed = probes_of(denoiser, statistics)
+    job.account(statistics, plan, curves)
+    with job.timed("rewrite"):
+        rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
+    setattr(job.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
+    plan.figures["error_on_probes"] = probed.error({})
+    plan.figures["seconds"] = job.seconds
+    plan.figures["calibration"] = statistics.source
+    job.draw("slim")
+    job.write(plan)
 
 
 def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
@@ -116,16 +139,28 @@ def measure_curves(
     statistics: Statistics,
     recipe: str = "slimdiff",
     allocation: str | None = None,
+    *,
+    folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ErrorCurve]:
     """Error curves of all groups, with gains if the allocation needs them.
 
-    They do not depend on the budget: several plans can be made from the same curves.
+    They do not depend on the budget: several plans can be made from the same curves. With `folder`
+    they are kept there, and not measured again.
     """
     chosen = recipe_named(recipe)
     probed = (allocation or chosen.allocation) == "probed"
-    groups = groups_of(denoiser)
-    return error_curves(denoiser, groups, statistics, chosen, probed=probed, progress=progress)
+    kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
+    return error_curves(
+        denoiser,
+        groups_of(denoiser),
+        statistics,
+        chosen,
+        probed=probed,
+        known=kept.load() if kept else None,
+        keep=kept.save if kept else None,
+        progress=progress,
+    )
 
 
 def allocate(
@@ -163,7 +198,7 @@ def allocate(
     refuse_slim(denoiser)
     chosen = recipe_named(recipe)
     if curves is None:
-        curves = measure_curves(denoiser, statistics, recipe, allocation, progress)
+        curves = measure_curves(denoiser, statistics, recipe, allocation, progress=progress)
     groups = groups_of(denoiser)
     probe = statistics.probes.batches(1)
     inputs = probe[0] if probe else costs_.example_inputs(denoiser)
@@ -171,16 +206,3 @@ def allocate(
     settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
     name = type(denoiser).__name__
     return make_plan(name, groups, costs, curves, statistics, budget, chosen, settings)
-
-
-class _timed:
-    """Adds the seconds spent inside to `seconds[stage]`."""
-
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_exception: object) -> None:
-        self.seconds[self.stage] = round(time.perf_counter() - self.start, 2)

@@ -23,10 +23,11 @@ class Ordered(NamedTuple):
 
 
 FLOAT32_DAMPING = 1e-5
-"""Ridge where sums are float32: their rounding reaches 2e-6 of the mean diagonal, and a ridge below
-it leaves a moment of few tokens indefinite."""
+"""Least ridge where sums are float32: their rounding reaches 2e-6 of the mean diagonal and more in
+wide layers, and a ridge below it leaves a moment of few tokens indefinite."""
 
 KEY_MOMENTS = {"centred": "k_centred", "whitened": "k"}
+VALUE_MOMENTS = {"refit": "z", "attended": "z", "whitened": "v"}
 
 
 def decompose_group(
@@ -69,8 +70,8 @@ def _value_output(
     if recipe.heads:
         return _whole_heads(group, statistics)
     refit = recipe.values == "refit"
-    moment = statistics.mean(f"{group.layer}/{'z' if refit else 'v'}")
-    damping = _damping(statistics, f"{group.layer}/{'z' if refit else 'v'}")
+    moment = statistics.mean(f"{group.layer}/{VALUE_MOMENTS[recipe.values]}")
+    damping = _damping(statistics, f"{group.layer}/z", moment) if refit else decompose.DAMPING
     weight = _weight(denoiser, group.paths["out"])
     return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
 
@@ -79,7 +80,7 @@ def _feed_forward(
     denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, known: Ordered | None
 ) -> Decomposition | HeadSelection:
     moment = statistics.mean(f"{group.layer}/h")
-    damping = _damping(statistics, f"{group.layer}/h")
+    damping = _damping(statistics, f"{group.layer}/h", moment)
     if known is not None:
         return decompose.FeedForward(
             errors=known.errors.to(moment.device),
@@ -114,7 +115,8 @@ def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> No
     elif group.kind == "query_key":
         needed = {"q": per_head, KEY_MOMENTS[recipe.keys]: per_head}
     else:
-        needed = {"z": (inner, inner)} if recipe.values == "refit" else {"v": per_head}
+        what = VALUE_MOMENTS[recipe.values]
+        needed = {what: (inner, inner) if what == "z" else per_head}
     for what, shape in needed.items():
         statistics.check(f"{group.layer}/{what}", shape)
 
@@ -147,9 +149,11 @@ def _head_magnitudes(group: Group, statistics: Statistics) -> Tensor:
     return channels.unflatten(0, (group.heads, group.width)).mean(1)
 
 
-def _damping(statistics: Statistics, name: str) -> float:
-    exact = statistics.sums[name].dtype == torch.float64
-    return decompose.DAMPING if exact else FLOAT32_DAMPING
+def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
+    """The ridge of refits under a moment, by the precision of its sums."""
+    if statistics.sums[name].dtype == torch.float64:
+        return decompose.DAMPING
+    return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)
 
 
 def _weight(denoiser: nn.Module, path: str) -> Tensor:

@@ -12,10 +12,10 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
   the group's own output where `gain` is None), or None where the recipe has none.
 - `rest`: {"params", "macs"} of everything that is in no group.
 - `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
-  "images": {"psnr", "ssim", "count"}, "frechet": {"value", "features", "count"}, "kernel": {"value",
-  "features", "count"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim":
-  S}} with S = {"whole", "interval": [low, high], "attributes": {name: {"share", "interval"}},
-  "count"}; a metric that could not be measured is {"unavailable": reason}.
+  "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count"},
+  "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}} with S = {"whole",
+  "interval": [low, high], "attributes": {name: {"share", "interval"}}, "count"}; a metric that
+  could not be measured is {"unavailable": reason}.
 - `cost`: {"params", "macs", "bytes", "peak_memory": each {"dense", "slim"}, "latency": {"denoiser"
   and "pipeline": {"dense", "slim", "speedup", "runs", "of"}}, "macs_allow", "share_reached"};
   bytes, seconds, parameters and MACs as they are; `macs_allow` is the speed-up that the ratio of
@@ -88,7 +88,9 @@ def write(path: str | Path, results: Mapping[str, Any]) -> Path:
     if unknown := set(results) - set(SECTIONS):
         raise ValueError(f"results have no sections {sorted(unknown)}; known: {SECTIONS}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"schema": SCHEMA, "version": VERSION, **results}, indent=1) + "\n")
+    partial.write_text(
+        json.dumps({"schema": SCHEMA, "version": VERSION, **results}, indent=1) + "\n"
+    )
     partial.replace(path)
     return path
 

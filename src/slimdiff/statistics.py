@@ -7,6 +7,7 @@ those of one. Moments are uncentred, E[x x^T], unless their name says otherwise.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from slimdiff.probes import Probe, Probes
 VERSION = 1
 WEIGHTS_FILE = "statistics.safetensors"
 SUMMARY_FILE = "statistics.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -144,6 +147,8 @@ class Statistics:
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
         """The statistics of all parts together; sources are kept as a list.
 
+        Parts that were sampled in different ways add up too, with a warning.
+
         Raises:
             SlimdiffError: no part, or parts of different denoisers.
         """
@@ -165,6 +170,7 @@ class Statistics:
             merged.calls += part.calls
             merged.batches += part.batches
         probes.merge(part.probes for part in parts)
+        _warn_of_other_sampling(parts)
         return merged
 
     def _header(self) -> dict[str, Any]:
@@ -208,6 +214,14 @@ class Statistics:
             batches=header["batches"],
             source=header["source"],
         )
+
+
+def _warn_of_other_sampling(parts: Iterable[Statistics]) -> None:
+    configs = [part.source.get("config", {}) for part in parts]
+    names = sorted({name for config in configs for name in config} - {"seed", "batch_size"})
+    differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    if differ:
+        logger.warning("the merged statistics were sampled with different %s", ", ".join(differ))
 
 
 def _check_version(path: Path, header: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from slimdiff.decompose.effective import (
 )
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
-from slimdiff.decompose.linalg import DAMPING
+from slimdiff.decompose.linalg import DAMPING, definite_damping
 
 __all__ = [
     "DAMPING",
@@ -32,6 +32,7 @@ __all__ = [
     "Order",
     "QueryKey",
     "ValueOutput",
+    "definite_damping",
     "effective_down",
     "effective_heads",
     "effective_key",

@@ -64,6 +64,18 @@ def damped(c_nn: Tensor, damping: float) -> Tensor:
     return result_nn
 
 
+def definite_damping(c_nn: Tensor, damping: float) -> float:
+    """The least of `damping` times 1, 10, ... 1000 under which `c_nn` (n, n) is positive definite.
+
+    Sums in low precision leave a moment of few tokens with eigenvalues below zero, by more the
+    larger the moment is; a ridge that outweighs them keeps all that follows a matter of Cholesky.
+    """
+    for factor in (1, 10, 100):
+        if not bool(torch.linalg.cholesky_ex(damped(c_nn, factor * damping)).info.any()):
+            return factor * damping
+    return 1000 * damping
+
+
 def triangular_factor(c_nn: Tensor) -> Tensor:
     """Lower-triangular L (..., n, n) with positive diagonal and L L^T = `c_nn` (..., n, n).
 
@@ -101,7 +113,9 @@ def inverse_of_factored_(l_nn: Tensor) -> Tensor:
     """
     inverse_nn = inverse_root_(l_nn)
     for start, stop in _strips(l_nn.shape[-1]):
-        inverse_nn[start:stop, :stop] = inverse_nn[start:, start:stop].mT @ inverse_nn[start:, :stop]
+        inverse_nn[start:stop, :stop] = (
+            inverse_nn[start:, start:stop].mT @ inverse_nn[start:, :stop]
+        )
         inverse_nn[:start, start:stop] = inverse_nn[start:stop, :start].mT
     return inverse_nn
 

@@ -1,0 +1,74 @@
+"""Error curves on disk, beside the statistics they came from: another budget measures nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimdiff.config import Recipe
+from slimdiff.curves import ErrorCurve
+from slimdiff.statistics import Statistics
+
+VERSION = 1
+
+
+class CurveFile:
+    """The curves of one recipe under one set of statistics.
+
+    A file of other statistics, of another recipe or that is damaged counts as none: curves can
+    always be measured again.
+    """
+
+    def __init__(
+        self, folder: str | Path, statistics: Statistics, recipe: Recipe, *, probed: bool
+    ) -> None:
+        kind = "probed" if probed else "decomposed"
+        self.path = Path(folder) / f"curves-{recipe.name}-{kind}.safetensors"
+        origin = [VERSION, statistics.source, statistics.calls, asdict(recipe), probed]
+        text = json.dumps(origin, sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+
+    def load(self) -> dict[str, ErrorCurve]:
+        """Group name -> curve, for the groups that were measured."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            return {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("slimdiff", "{}"))
+                if header.get("key") != self.key:
+                    return {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError):
+            return {}
+        return {name: _curve(name, gain, tensors) for name, gain in header["gains"].items()}
+
+    def save(self, curves: Mapping[str, ErrorCurve]) -> None:
+        """Replace the file by these curves, atomically."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, curve in curves.items():
+            tensors[f"errors/{name}"] = curve.errors.contiguous()
+            if curve.order is not None:
+                tensors[f"order/{name}"] = curve.order.cpu().to(torch.int32)
+        gains: dict[str, Any] = {name: curve.gain for name, curve in curves.items()}
+        header = {"slimdiff": json.dumps({"key": self.key, "gains": gains})}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        save_file(tensors, partial, metadata=header)
+        partial.replace(self.path)
+
+
+def _curve(name: str, gain: float | None, tensors: Mapping[str, Tensor]) -> ErrorCurve:
+    order = tensors.get(f"order/{name}")
+    return ErrorCurve(tensors[f"errors/{name}"], gain, None if order is None else order.long())

@@ -1,0 +1,92 @@
+"""Fidelity: how alike the slim pipeline's predictions and pictures are to the dense one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slimdiff.errors import SlimdiffError
+from slimdiff.evaluate.distances import features_of, frechet, kernel
+from slimdiff.evaluate.features import ClipScore, Features
+from slimdiff.evaluate.velocity import VelocityError
+from slimdiff.metrics import image_tensor, psnr, ssim
+
+Judge = Callable[[Sequence[Any], Sequence[str]], dict[str, Any]]
+"""(images, prompts) -> {"whole", "interval", "attributes", "count"}."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images of both pipelines at the same prompts and seeds, and the velocity error on the way."""
+
+    prompts: list[str]
+    seeds: list[int]
+    dense: list[Any]
+    slim: list[Any]
+    velocity: VelocityError
+
+
+def measure_fidelity(
+    drawn: Drawn, features: Features | None, clip: ClipScore | None, judge: Judge | None
+) -> dict[str, Any]:
+    """The section `fidelity` of results; what cannot be measured says why."""
+    count = len(drawn.prompts)
+    return {
+        "velocity": {
+            "relative": drawn.velocity.relative,
+            "by_timestep": [[step, error] for step, error in drawn.velocity.by_timestep.items()],
+            "prompts": count,
+        },
+        "images": _or_why(
+            lambda: {
+                "psnr": psnr(drawn.slim, drawn.dense),
+                "ssim": ssim(drawn.slim, drawn.dense),
+                "count": count,
+            }
+        ),
+        **_distances(drawn, features),
+        "clip": _or_why(lambda: _clip(drawn, clip)),
+        "scenes": _or_why(lambda: _scenes(drawn, judge)),
+    }
+
+
+def _distances(drawn: Drawn, features: Features | None) -> dict[str, Any]:
+    names: dict[str, Callable[..., float]] = {"frechet": frechet, "kernel": kernel}
+    if features is None:
+        reason = "the pipeline has no VAE encoder whose features could be used; give --features"
+        return {name: {"unavailable": reason} for name in names}
+    dense_nd, slim_nd = (
+        features_of(image_tensor(images), features) for images in (drawn.dense, drawn.slim)
+    )
+    base = {"features": features.label, "count": len(drawn.prompts)}
+
+    def measured(distance: Callable[..., float]) -> dict[str, Any]:
+        return _or_why(lambda: {"value": distance(slim_nd, dense_nd)} | base)
+
+    return {name: measured(distance) for name, distance in names.items()}
+
+
+def _clip(drawn: Drawn, clip: ClipScore | None) -> dict[str, Any]:
+    if clip is None:
+        raise SlimdiffError("no CLIP model was given; give the folder of one with --clip")
+    dense, slim = (
+        clip(image_tensor(images), drawn.prompts) for images in (drawn.dense, drawn.slim)
+    )
+    return {"dense": dense, "slim": slim, "model": clip.label, "count": len(drawn.prompts)}
+
+
+def _scenes(drawn: Drawn, judge: Judge | None) -> dict[str, Any]:
+    if judge is None:
+        raise SlimdiffError("only the bundled reference's scenes can be judged from pixels")
+    return {
+        "dense": judge(drawn.dense, drawn.prompts),
+        "slim": judge(drawn.slim, drawn.prompts),
+    }
+
+
+def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return measure()
+    except SlimdiffError as error:
+        return {"unavailable": str(error)}

@@ -1,0 +1,206 @@
+"""The whole evaluation of a slim pipeline against the dense one: fidelity, cost and pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from slimdiff import accounting, costs
+from slimdiff.errors import SlimdiffError
+from slimdiff.evaluate.cost import measure_cost
+from slimdiff.evaluate.features import ClipScore, Features
+from slimdiff.evaluate.fidelity import Drawn, Judge, measure_fidelity
+from slimdiff.evaluate.sampling import generate
+from slimdiff.evaluate.velocity import comparing, model_of
+from slimdiff.families import groups_of
+from slimdiff.picture import base64_png
+from slimdiff.probes import Probes
+from slimdiff.results import Results, made_by
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How both pipelines are sampled, timed and shown.
+
+    Attributes:
+        num_inference_steps, guidance_scale, batch_size, height, width: as for `generate`.
+        first_seed: of the first prompt's image; the next ones get 1 more each.
+        runs: timed denoiser calls of each model.
+        pipeline_runs: timed images of each model; 0 leaves the pipeline's latency out.
+        shown: image pairs that go into the results.
+    """
+
+    num_inference_steps: int = 20
+    guidance_scale: float | None = None
+    batch_size: int = 4
+    height: int | None = None
+    width: int | None = None
+    first_seed: int = 0
+    runs: int = 11
+    pipeline_runs: int = 3
+    shown: int = 8
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `generate` takes."""
+        names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate(
+    dense: Any,
+    slim: Any,
+    prompts: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    features: Features | None = None,
+    clip: ClipScore | None = None,
+    judge: Judge | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """What was lost and what was gained, as results (see `slimdiff.results`).
+
+    Args:
+        dense, slim: pipelines of one kind, dtype and device; neither is changed.
+        prompts: held-out prompts, not those of calibration.
+        settings: sampling, seeds and how often to time.
+        features: for the distances between the two sets of images; the VAE's encoder by default.
+        clip: for the CLIP score; left out by default.
+        judge: (images, prompts) -> scene accuracy, for pipelines whose pictures can be judged.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        SlimdiffError: no prompt, or pipelines that cannot be compared.
+    """
+    settings = settings or Settings()
+    if not prompts:
+        raise SlimdiffError("no prompts to evaluate on; give at least one, not of calibration")
+    drawn = _draw(dense, slim, prompts, settings, progress)
+    call = _one_call(dense, prompts[0], settings)
+    one_row = _one_row(model_of(dense), call)
+    whole = {
+        "made": made_by(**_how(dense, prompts, settings)),
+        "model": _names(dense, slim),
+        "fidelity": measure_fidelity(
+            drawn, _default_features(dense) if features is None else features, clip, judge
+        ),
+        "cost": measure_cost(dense, slim, call, one_row, prompts[0], settings, progress),
+        "images": _shown(drawn, settings),
+    }
+    return whole | _plan(slim) | _accounts(model_of(dense), model_of(slim), one_row)
+
+
+def _draw(
+    dense: Any, slim: Any, prompts: Sequence[str], settings: Settings, progress: Progress | None
+) -> Drawn:
+    """All images of both, and the velocity error along the way."""
+    seeds = range(settings.first_seed, settings.first_seed + len(prompts))
+    images: dict[str, list[Any]] = {"dense": [], "slim": []}
+    with comparing(dense, {"slim": slim}) as errors:
+        _batches(dense, "dense", prompts, seeds, images, settings, progress)
+    _batches(slim, "slim", prompts, seeds, images, settings, progress)
+    return Drawn(list(prompts), list(seeds), images["dense"], images["slim"], errors["slim"])
+
+
+def _batches(
+    pipe: Any,
+    label: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    images: dict[str, list[Any]],
+    settings: Settings,
+    progress: Progress | None,
+) -> None:
+    for start in range(0, len(prompts), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        images[label] += generate(pipe, prompts[part], seeds[part], **settings.sampling)
+        if progress is not None:
+            progress(f"{label} images", len(images[label]), len(prompts))
+
+
+def _one_call(dense: Any, prompt: str, settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of the last denoiser call while one image is made."""
+    denoiser = model_of(dense)
+    signature, seen = inspect.signature(denoiser.forward), {}
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(signature.bind(*args, **kwargs).arguments)
+
+    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        sampling = settings.sampling | {"num_inference_steps": min(2, settings.num_inference_steps)}
+        generate(dense, [prompt], [settings.first_seed], output_type="latent", **sampling)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _one_row(denoiser: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's inputs for a batch of one, to count MACs on."""
+    probes = Probes(1)
+    probes.offer(call)
+    found = probes.batches(1)
+    return found[0] if found else costs.example_inputs(denoiser)
+
+
+def _default_features(pipe: Any) -> Features | None:
+    from slimdiff.evaluate.features import LatentFeatures
+
+    vae: Any = getattr(pipe, "vae", None)
+    known = vae is not None and hasattr(getattr(vae, "config", None), "latent_channels")
+    return LatentFeatures(vae) if known else None
+
+
+def _how(dense: Any, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
+    weight = next(model_of(dense).parameters())
+    seeds = [settings.first_seed, settings.first_seed + len(prompts) - 1]
+    return {
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
+        "prompts": len(prompts),
+        "seeds": seeds,
+        "settings": asdict(settings),
+    }
+
+
+def _names(dense: Any, slim: Any) -> dict[str, str]:
+    kind = type(model_of(dense)).__name__
+    return {"dense": _name(dense, "dense"), "slim": _name(slim, "slim"), "class": kind}
+
+
+def _name(pipe: Any, otherwise: str) -> str:
+    path = str(getattr(pipe, "name_or_path", None) or otherwise)
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _plan(slim: Any) -> dict[str, Any]:
+    record = getattr(model_of(slim), "slim_record", None)
+    if record is None:
+        return {}
+    plan = record.plan
+    names = ("recipe", "allocation", "budget", "figures")
+    return {"plan": {name: getattr(plan, name) for name in names}}
+
+
+def _accounts(dense: nn.Module, slim: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and MACs by group, if both denoisers' groups are known."""
+    try:
+        groups, now = groups_of(dense), groups_of(slim)
+        found = costs.measure(dense, groups, inputs)
+    except SlimdiffError:
+        return {}
+    return accounting.account(groups, found, accounting.entries_of(groups, now))
+
+
+def _shown(drawn: Drawn, settings: Settings) -> list[dict[str, Any]]:
+    rows = zip(drawn.prompts, drawn.seeds, drawn.dense, drawn.slim)
+    return [
+        {"prompt": prompt, "seed": seed, "dense": base64_png(a), "slim": base64_png(b)}
+        for prompt, seed, a, b in list(rows)[: settings.shown]
+    ]

@@ -1,0 +1,92 @@
+"""What a compression writes down about itself: seconds, accounts and pictures, as results."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimdiff import accounting, costs
+from slimdiff.config import CalibrationConfig
+from slimdiff.curves import ErrorCurve
+from slimdiff.denoiser import denoiser_of
+from slimdiff.evaluate import generate
+from slimdiff.families import groups_of
+from slimdiff.picture import base64_png
+from slimdiff.plan import Plan
+from slimdiff.results import Results, made_by, write
+from slimdiff.statistics import Statistics
+
+
+@dataclass
+class Job:
+    """One compression of a pipeline.
+
+    Attributes:
+        pipe: the pipeline, dense at first.
+        prompts: its calibration prompts.
+        config: how it is sampled.
+        results: file to write to; None writes nothing.
+        pictures: image pairs to draw.
+        seconds: stage -> seconds.
+        images: "dense" and "slim" -> PIL images of the first prompts.
+        sections: of the results, as far as they are known.
+    """
+
+    pipe: Any
+    prompts: list[str]
+    config: CalibrationConfig
+    results: str | Path | None
+    pictures: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    images: dict[str, list[Any]] = field(default_factory=dict)
+    sections: Results = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Note the seconds spent inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
+
+    def draw(self, label: str) -> None:
+        """Draw the first prompts with the pipeline as it stands."""
+        texts = self.prompts[: self.pictures]
+        if texts:
+            names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
+            sampling = {name: getattr(self.config, name) for name in names}
+            self.images[label] = generate(self.pipe, texts, range(len(texts)), **sampling)
+
+    def account(self, statistics: Statistics, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
+        """Note where parameters and MACs are, while the denoiser is still dense."""
+        if self.results is None:
+            return
+        denoiser = denoiser_of(self.pipe)[1]
+        groups = groups_of(denoiser)
+        found = costs.measure(denoiser, groups, statistics.probes.batches(1)[0])
+        self.sections |= accounting.account(groups, found, plan.entries, curves)
+        self.sections["model"] = {
+            "dense": Path(str(getattr(self.pipe, "name_or_path", None) or "dense")).name,
+            "slim": "slim",
+            "class": type(denoiser).__name__,
+        }
+
+    def write(self, plan: Plan) -> None:
+        """Write the results, if they were asked for."""
+        if self.results is None:
+            return
+        names = ("recipe", "allocation", "budget", "figures")
+        how = {"calibration": asdict(self.config), "prompts": len(self.prompts)}
+        shown = zip(self.prompts, self.images.get("dense", []), self.images.get("slim", []))
+        self.sections |= {
+            "made": made_by(**how),
+            "plan": {name: getattr(plan, name) for name in names},
+            "images": [
+                {"prompt": text, "seed": i, "dense": base64_png(a), "slim": base64_png(b)}
+                for i, (text, a, b) in enumerate(shown)
+            ],
+        }
+        write(self.results, self.sections)
