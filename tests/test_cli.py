@@ -23,6 +23,8 @@ COMMANDS = [
     "inspect",
     "generate",
     "compare",
+    "evaluate",
+    "report",
     "select-prompts",
     "statistics",
     "statistics merge",
@@ -87,6 +89,42 @@ def test_compress_writes_a_pipeline_and_says_so(slim):
     dense = tiny_pipeline(seed=0)
     left = sum(p.numel() for p in pipe.unet.parameters())
     assert left <= 0.9 * sum(p.numel() for p in dense.unet.parameters())
+
+
+def test_compress_writes_results_and_a_report(slim, run, tmp_path):
+    results = json.loads(slim.path.with_name("tiny-slim.results.json").read_text())
+    assert results["model"] == {
+        "dense": "tiny",
+        "slim": "tiny-slim",
+        "class": "UNet2DConditionModel",
+    }
+    assert [row["prompt"] for row in results["images"]] == ["a cat", "a dog", "the sea", "a tram"]
+    page = slim.path.with_name("tiny-slim.report.html").read_text()
+    assert "tiny-slim" in page and "the sea" in page and "tiny-slim.report.html" in slim.done.stdout
+    done = run(
+        *("compress", slim.dense, "-o", tmp_path / "s", "--prompts"),
+        *(slim.dense.parent / "prompts.txt", "--no-report", "--recipe", "magnitude", *QUICK),
+    )
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.statistics"]
+
+
+def test_evaluate_writes_results_and_shows_a_table(slim, run, tmp_path):
+    prompts, out = slim.dense.parent / "prompts.txt", tmp_path / "evaluation.json"
+    how = ("--prompts", prompts, "--runs", "2", "--pipeline-runs", "1", *QUICK)
+    done = run("evaluate", slim.dense, slim.path, "-o", out, *how)
+    assert done.code == 0, done.err
+    for words in ("parameters", "velocity error", "PSNR", "CLIP score", "not measured", "faster"):
+        assert words in done.out
+    results = json.loads(out.read_text())
+    assert results["fidelity"]["images"]["count"] == 4
+    assert results["cost"]["bytes"]["slim"] > 1000 < results["cost"]["bytes"]["dense"]
+    page = tmp_path / "page.html"
+    both = [slim.path.with_name("tiny-slim.results.json"), out]
+    assert run("report", *both, "-o", page).code == 0
+    assert f"{results['fidelity']['images']['psnr']:.1f}" in page.read_text()
+    lost = run("evaluate", slim.dense, tmp_path / "nowhere", "-o", out, *how)
+    assert lost.code == 2 and "nowhere" in lost.err
 
 
 def test_compress_goes_on_from_its_statistics(slim, run, tmp_path):

@@ -93,6 +93,14 @@ def test_results_survive_the_file(results, tmp_path):
     }
 
 
+def test_merging_keeps_the_curves_of_a_compression(results):
+    groups = [row | {"curve": {"widths": [1], "errors": [0.5]}} for row in results["groups"]]
+    for parts in ([{"groups": groups}, results], [results, {"groups": groups}]):
+        whole = merged(parts)
+        assert [row["curve"]["errors"] for row in whole["groups"]] == [[0.5]] * len(groups)
+        assert [row["name"] for row in whole["groups"]] == [row["name"] for row in groups]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -32,11 +32,13 @@ MAY_IMPORT = {
     "slim_denoiser": set(),
     "metrics": {"errors"},
     "picture": {"errors"},
+    "report": {"report", "errors", "results"},
 } | {name: VOCABULARY | {"families"} for name in VOCABULARY - {"errors"}}
 # What a module may import of other packages when it is itself imported; torch alone by default.
 MAY_LOAD = {
     "allocate": set(),
     "picture": set(),
+    "report": set(),
     "slim_denoiser": {"torch", "diffusers"},
     "cli": {"rich", "typer"},
     "reference": {"torch", "numpy"},

@@ -124,7 +124,8 @@ def read(path: str | Path) -> Results:
 def merged(parts: Iterable[Results]) -> Results:
     """The sections of all parts; of a section that several have, the last one's.
 
-    `made` becomes a list, so that every part says how it came about.
+    Error curves and gains, which only a compression knows, stay with their groups; `made` becomes
+    a list, so that every part says how it came about.
 
     Raises:
         SlimdiffError: nothing to merge, or results of different models.
@@ -139,6 +140,21 @@ def merged(parts: Iterable[Results]) -> Results:
             raise SlimdiffError(
                 f"results of different models do not add up: {' and '.join(sorted(classes))}"
             )
-        whole |= part
+        whole |= part | _with_curves(part.get("groups"), whole.get("groups"))
     whole["made"] = [part["made"] for part in parts if "made" in part]
     return whole
+
+
+def _with_curves(rows: list[Any] | None, earlier: list[Any] | None) -> dict[str, Any]:
+    """The rows of groups, with the curves that earlier rows have of them."""
+    if rows is None or earlier is None:
+        return {}
+    known = {row["name"]: row for row in earlier}
+    return {
+        "groups": [
+            row | {key: known[row["name"]][key] for key in ("curve", "gain")}
+            if row.get("curve") is None and row["name"] in known
+            else row
+            for row in rows
+        ]
+    }

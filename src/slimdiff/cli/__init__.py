@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from slimdiff.cli import compress, console, data, images, inspect
+from slimdiff.cli import compress, console, data, evaluate, images, inspect, report
 from slimdiff.errors import SlimdiffError
 
 HELP = """Compress diffusers pipelines in closed form, without training.
@@ -34,6 +34,8 @@ app.command("compress", help=compress.HELP)(compress.compress)
 app.command("inspect", help=inspect.HELP)(inspect.inspect)
 app.command("generate", help=images.GENERATE)(images.generate)
 app.command("compare", help=images.COMPARE)(images.compare)
+app.command("evaluate", help=evaluate.HELP)(evaluate.evaluate)
+app.command("report", help=report.HELP)(report.report)
 app.command("select-prompts", help=data.SELECT)(data.select_prompts)
 app.add_typer(data.statistics, name="statistics", help="Show or add up recorded statistics.")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimdiff.cli import console, models, options
+from slimdiff.cli import console, models, options, outcome
 from slimdiff.config import Budget, CalibrationConfig, recipe_named
 from slimdiff.denoiser import NAMES
 from slimdiff.errors import SlimdiffError
@@ -15,7 +15,6 @@ from slimdiff.plan import Plan
 
 PLAN_FILE = "slimdiff.json"
 DEFAULT_SHARE = "0.9"
-COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
 
 
 def _budget(help: str, *flags: str) -> Any:
@@ -84,9 +83,19 @@ NumProbes = Annotated[
 Checkpoint = Annotated[
     Path | None,
     _calibration(
-        "Folder that statistics are saved to after every batch and resumed from.",
+        "Folder that statistics and error curves are saved to as they come, and resumed from.",
         "--statistics",
     ),
+]
+Report = Annotated[
+    bool,
+    typer.Option(
+        "--report/--no-report",
+        help="Write OUT.results.json and, as a page with pictures, OUT.report.html.",
+    ),
+]
+Pictures = Annotated[
+    int, typer.Option("--pictures", help="Prompts drawn before and after, for the report.")
 ]
 
 
@@ -137,6 +146,8 @@ def compress(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     variant: options.Variant = None,
+    report: Report = True,
+    pictures: Pictures = 4,
 ) -> None:
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
@@ -154,18 +165,20 @@ def compress(
         timestep_weights=timestep_weights,  # type: ignore[arg-type]
     )
     texts = models.prompts(where, prompts, num_prompts, "calibration")
-    checkpoint = out.with_name(f"{out.name}.statistics") if statistics is None else statistics
+    checkpoint = statistics or outcome.beside(out, "statistics")
     pipe = models.load(where, dtype, device, variant)
     stored = models.stored_dtypes(where, pipe, variant) if dtype == "auto" else {}
-    from slimdiff.checkpoint import save_pipeline
-    from slimdiff.pipeline import compress as run
+    from slimdiff import pipeline
 
+    if report:
+        job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures}
     with console.Bars() as bars:
-        done = run(pipe, texts, config=config, checkpoint=checkpoint, progress=bars, **job)
-    for name, kind in stored.items():
-        getattr(pipe, name).to(kind)
-    save_pipeline(pipe, out, variant=variant)
-    _report(done, out, checkpoint)
+        job |= {"config": config, "checkpoint": checkpoint, "progress": bars}
+        done = pipeline.compress(pipe, texts, **job)
+    _save(pipe, out, stored, variant)
+    outcome.show(done, out, checkpoint)
+    if report:
+        outcome.write_page(where.name, out)
 
 
 def _how(
@@ -211,22 +224,10 @@ def _refuse_unusable(where: models.Source, out: Path) -> None:
             )
 
 
-def _report(plan: Plan, out: Path, checkpoint: Path) -> None:
-    figures = plan.figures
-    shown = console.table(f"{out}: {plan.recipe}, {plan.allocation}, {plan.budget}", COLUMNS)
-    for name, key in (("parameters", "params"), ("MACs of one forward", "macs")):
-        dense, slim = figures[f"{key}_dense"], figures[key]
-        left = console.share(slim, dense)
-        shown.add_row(name, console.count(dense), console.count(slim), left)
-    if "predicted_error" in figures:
-        shown.add_row("predicted error", "", f"{figures['predicted_error']:.2e}", "")
-    shown.add_row("error on probes", "", f"{figures['error_on_probes']:.2e}", "")
-    for stage, seconds in figures["seconds"].items():
-        shown.add_row(f"seconds to {stage}", "", f"{seconds:.1f}", "")
-    page = console.out()
-    page.print(shown)
-    page.print(f"statistics stay in {checkpoint}, for another budget or recipe", soft_wrap=True)
-    page.print(f"saved in {out}; to use it, with slimdiff installed or without:\n", soft_wrap=True)
-    page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
-    call = f"DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)"
-    page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
+def _save(pipe: Any, out: Path, stored: dict[str, Any], variant: str | None) -> None:
+    """Save with the 16-bit dtypes that components had on disk."""
+    from slimdiff.checkpoint import save_pipeline
+
+    for name, kind in stored.items():
+        getattr(pipe, name).to(kind)
+    save_pipeline(pipe, out, variant=variant)

@@ -1,0 +1,55 @@
+"""What `slimdiff compress` shows and writes beside the slim pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimdiff.cli import console
+from slimdiff.errors import SlimdiffError
+from slimdiff.plan import Plan
+
+COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
+
+
+def beside(out: Path, ending: str) -> Path:
+    """OUT.ending, next to OUT."""
+    return out.with_name(f"{out.name}.{ending}")
+
+
+def write_page(dense: str, out: Path) -> None:
+    """Name the models in the results, and render them, if matplotlib is there."""
+    from slimdiff.report import write_report
+    from slimdiff.results import read, write
+
+    path, page = beside(out, "results.json"), beside(out, "report.html")
+    results = read(path)
+    results["model"] |= {"dense": dense, "slim": out.name}
+    write(path, results)
+    try:
+        write_report(results, page)
+    except SlimdiffError as error:
+        console.out().print(f"no report: {error}", soft_wrap=True, markup=False)
+    else:
+        console.out().print(f"\n{page}: what was done, with pictures", soft_wrap=True)
+
+
+def show(plan: Plan, out: Path, checkpoint: Path) -> None:
+    """A table of what was done, and how to use it."""
+    figures = plan.figures
+    shown = console.table(f"{out}: {plan.recipe}, {plan.allocation}, {plan.budget}", COLUMNS)
+    for name, key in (("parameters", "params"), ("MACs of one forward", "macs")):
+        dense, slim = figures[f"{key}_dense"], figures[key]
+        left = console.share(slim, dense)
+        shown.add_row(name, console.count(dense), console.count(slim), left)
+    if "predicted_error" in figures:
+        shown.add_row("predicted error", "", f"{figures['predicted_error']:.2e}", "")
+    shown.add_row("error on probes", "", f"{figures['error_on_probes']:.2e}", "")
+    for stage, seconds in figures["seconds"].items():
+        shown.add_row(f"seconds to {stage}", "", f"{seconds:.1f}", "")
+    page = console.out()
+    page.print(shown)
+    page.print(f"statistics stay in {checkpoint}, for another budget or recipe", soft_wrap=True)
+    page.print(f"saved in {out}; to use it, with slimdiff installed or without:\n", soft_wrap=True)
+    page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
+    call = f"DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)"
+    page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
