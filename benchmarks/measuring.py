@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,44 @@ def _status_gib(key: str) -> float:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 2**20
     raise KeyError(key)
+
+
+class Rows:
+    """Rows of one benchmark in one JSON file, written after each, so that a killed run goes on.
+
+    Rows that were measured with other settings do not count and are measured again.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.path = RESULTS / f"{name}.json"
+        self.settings = settings
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        same = kept.get("settings") == json.loads(json.dumps(settings))
+        self.rows: dict[str, dict[str, Any]] = kept["rows"] if same else {}
+
+    def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row, unless it is there."""
+        if key in self.rows:
+            print(f"{key}: kept", flush=True)
+            return
+        row = make()
+        self.rows[key] = row
+        shown = {name: value for name, value in row.items() if isinstance(value, float | int | str)}
+        print(f"{key}: {shown}", flush=True)
+        data = {"machine": machine(), "settings": self.settings, "rows": self.rows}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def peak_of(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What a call returns, its seconds, and the most GiB that the process grew by meanwhile."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = _status_gib("VmRSS"), time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return result, round(seconds, 1), round(_status_gib("VmHWM") - before, 2)
 
 
 def machine() -> dict[str, Any]:

@@ -64,6 +64,131 @@ def recipes(result: dict[str, Any]) -> str:
     )
 
 
+def evidence(result: dict[str, Any]) -> str:
+    """slimdiff beside its peers."""
+    rows, settings = result["rows"], result["settings"]
+    parts = [
+        f"## Beside the peers, on scenes-unet{' (quick)' if settings['quick'] else ''}\n\n"
+        f"One calibration on {settings['calibration_prompts']} prompts for all rows. Velocity "
+        f"error along the dense trajectory of {settings['errors']} test prompts; images of the "
+        f"number of test prompts given with the accuracy (dense and the headline get more). "
+        f"`faster` is the sampling of one image, 20 steps without the VAE, dense and slim in turn. "
+        f"Seconds are those of compressing after calibration. Origin `ours` is a small "
+        f"implementation in `benchmarks/peers/`; the others are the public packages."
+    ]
+    dense = rows["dense"]
+    head = (
+        "method",
+        "origin",
+        "parameters",
+        "MACs",
+        "velocity error",
+        "scenes right (95 %)",
+        "of",
+        "PSNR",
+        "SSIM",
+        "faster",
+        "seconds",
+        "GiB",
+    )
+    for title in dict.fromkeys(row["group"] for row in rows.values()):
+        cells = [evidence_row(row, dense) for row in rows.values() if row["group"] == title]
+        parts.append(f"### {title}\n\n{table(head, cells)}")
+    parts.append(made_by(result))
+    return "\n\n".join(parts) + "\n"
+
+
+def evidence_row(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    """One row of the evidence, or why there is none."""
+    if "unavailable" in row:
+        return [row["method"], row["unavailable"], *[""] * 10]
+    low, high = row["interval"]
+    macs = f"{row['macs'] / dense['macs']:.1%}" if "macs" in row else ""
+    error = f"{row['velocity_error']:.2e}" if "velocity_error" in row else ""
+    return [
+        row["method"],
+        row.get("origin", ""),
+        f"{row['params'] / dense['params']:.1%}",
+        macs,
+        error,
+        f"{row['scene_accuracy']:.1%} ({low:.1%} to {high:.1%})",
+        str(row["images"]),
+        f"{row['psnr']:.1f}",
+        f"{row['ssim']:.4f}",
+        f"{row['sampling_speedup']:.2f}",
+        f"{row['seconds']:.0f}",
+        f"{row['peak_gib']:.1f}",
+    ]
+
+
+def ablations(result: dict[str, Any]) -> str:
+    """One thing changed at a time."""
+    rows, settings = result["rows"], result["settings"]
+    shares = [f"{share:.2f}" for share in settings["shares"]]
+    base = rows["as it is"]["errors"]
+    cells = [
+        [name] + [f"{row['errors'][s]:.2e} ({row['errors'][s] / base[s]:.2f})" for s in shares]
+        for name, row in rows.items()
+    ]
+    head = ("one change to the default recipe", *(f"{float(s):.0%} removed" for s in shares))
+    return (
+        f"## Ablations on scenes-unet\n\nVelocity error on {settings['error_prompts']} selection "
+        f"prompts, and in brackets over that of the recipe as it is, at shares of attention and "
+        f"feed-forward parameters removed. Calibrated on {settings['calibration_prompts']} prompts "
+        f"and 20 steps where the row says nothing else.\n\n"
+        f"{table(head, cells)}\n\n{made_by(result)}\n"
+    )
+
+
+def speed(results: Sequence[dict[str, Any]]) -> str:
+    """Fewer MACs against less time."""
+    rows = [
+        [
+            result["model"],
+            f"{result['dtype']}, {result['latents']} by {result['latents']}",
+            f"{row['removed']:.0%}",
+            f"{result['params'] / 1e6:.0f} M to {row['params'] / 1e6:.0f} M",
+            f"{row['dense_seconds']:.2f} s to {row['slim_seconds']:.2f} s",
+            f"{row['speedup']:.2f}",
+            f"{row['macs_allow']:.2f}",
+            f"{row['share_reached']:.0%}",
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = (
+        "UNet",
+        "dtype, latents",
+        "of attention and feed-forward removed",
+        "parameters",
+        "one call",
+        "times faster",
+        "the MACs allow",
+        "reached",
+    )
+    more = [
+        [
+            result["model"],
+            result["dtype"],
+            f"{result['recording']['plain_seconds']:.2f} s",
+            f"{result['recording']['recorded_seconds']:.2f} s",
+            f"{result['recording']['overhead']:.0%}",
+            f"{result['rows'][0]['save_seconds']:.1f} s",
+            f"{result['rows'][0]['load_seconds']:.1f} s",
+        ]
+        for result in results
+    ]
+    titles = ("UNet", "dtype", "plain call", "recorded", "recording adds", "save", "load")
+    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
+    return (
+        "## Speed at real size\n\nRandom weights, the same share of every attention and "
+        "feed-forward width removed; medians of interleaved calls at batch 1.\n\n"
+        f"{table(head, rows)}\n\nA call at batch 2 with statistics being recorded (float32 sums) "
+        f"against a plain one, and the slim UNet of the first row saved and loaded.\n\n"
+        f"{table(titles, more)}\n\n{commands}\n"
+    )
+
+
 def scale(results: Sequence[dict[str, Any]]) -> str:
     """Stages on UNets of real size."""
     stages = list(results[0]["stages"])
@@ -94,9 +219,15 @@ def main() -> None:
     """Write the page."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "results").glob("*.json"))}
     parts = [HEAD]
+    if "evidence" in found:
+        parts.append(evidence(found["evidence"]))
+    if "ablations" in found:
+        parts.append(ablations(found["ablations"]))
     parts += [recipes(result) for name, result in found.items() if name.startswith("recipes")]
     if scales := [result for name, result in found.items() if name.startswith("scale-")]:
         parts.append(scale(scales))
+    if speeds := [result for name, result in found.items() if name.startswith("speed-")]:
+        parts.append(speed(speeds))
     (HERE / "README.md").write_text("\n".join(parts))
 
 

@@ -1,0 +1,72 @@
+"""Draw docs/pareto.svg from benchmarks/results/evidence.json.
+
+python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+OURS = "slimdiff, probed"
+COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+
+
+def families(rows: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> its rows at rising shares removed, the dense point first."""
+    dense = rows["dense"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.values():
+        if "removed" in row and row is not dense and "unavailable" not in row:
+            found.setdefault(row["method"], [dense]).append(row)
+    return {m: sorted(r, key=lambda row: row["removed"]) for m, r in sorted(found.items())}
+
+
+def main() -> None:
+    """Write the picture."""
+    result = json.loads((HERE / "results" / "evidence.json").read_text())
+    rows = result["rows"]
+    plt.rcParams |= {"svg.hashsalt": "slimdiff", "font.size": 9, "axes.grid": True}
+    plt.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
+    params = rows["dense"]["params"]
+    for number, (method, points) in enumerate(families(rows).items()):
+        ours = method == OURS
+        style: dict[str, Any] = {
+            "color": "black" if ours else COLOURS[number % 10],
+            "linewidth": 2.4 if ours else 1.1,
+            "marker": "o" if ours else "sv^<>DPXd*"[number % 10],
+            "markersize": 5 if ours else 4,
+            "label": method,
+            "zorder": 3 if ours else 2,
+        }
+        accuracy = [100 * p["scene_accuracy"] for p in points]
+        stays = [100 * p["params"] / params for p in points]
+        panels[0].plot([1 / p["sampling_speedup"] for p in points], accuracy, **style)
+        panels[1].plot(stays, accuracy, **style)
+        panels[2].semilogy(stays[1:], [p["velocity_error"] for p in points[1:]], **style)
+    for row in rows.values():
+        if "removed" not in row and "macs_left" not in row and "unavailable" not in row:
+            spot = (1 / row["sampling_speedup"], 100 * row["scene_accuracy"])
+            panels[0].annotate(row["method"], spot, fontsize=7, rotation=20)
+            panels[0].plot(*spot, marker="x", color="grey", linestyle="")
+    panels[0].set(xlabel="sampling time, dense = 1", ylabel="scenes right, %")
+    panels[1].set(xlabel="parameters of the UNet that stay, %", ylabel="scenes right, %")
+    panels[2].set(xlabel="parameters of the UNet that stay, %", ylabel="velocity error")
+    for panel in panels[1:]:
+        panel.invert_xaxis()
+    figure.legend(
+        *panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
+    )
+    figure.savefig(HERE.parent / "docs" / "pareto.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

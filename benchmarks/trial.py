@@ -1,0 +1,140 @@
+"""The reference pipeline on trial: everything that a row of the evidence measures, in one place.
+
+The dense pipeline's denoiser calls along the test prompts are kept once, so that a row's velocity
+error costs only its own forwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimdiff import costs, evaluate
+from slimdiff.evaluate import VelocityError
+from slimdiff.reference.bundled import load_reference
+from slimdiff.reference.captions import prompts
+from slimdiff.reference.judge import scene_accuracy
+
+SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: prompts for images and for the velocity error, and timed runs."""
+
+    images: int
+    errors: int
+    runs: int
+
+
+class Trial:
+    """The dense pipeline, its test prompts, its denoiser calls and its images."""
+
+    def __init__(self, size: Size, name: str = "scenes-unet", split: str = "test") -> None:
+        self.size, self.split = size, split
+        self.pipe = load_reference(name, torch.float32)
+        for module in (self.pipe.unet, self.pipe.vae):
+            module.to(memory_format=torch.channels_last)
+        self.calls = self._dense_calls(prompts(split, size.errors))
+        self._images: list[Any] = []
+
+    def _dense_calls(self, texts: list[str]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+        def hook(_module: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+            sample, timestep = args[:2] if args else (kwargs["sample"], kwargs["timestep"])
+            text = kwargs["encoder_hidden_states"]
+            call = {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+            calls.append((call, out[0]))
+
+        handle = self.pipe.unet.register_forward_hook(hook, with_kwargs=True)
+        try:
+            evaluate.generate(
+                self.pipe,
+                texts,
+                range(len(texts)),
+                batch_size=BATCH,
+                output_type="latent",
+                **SAMPLING,
+            )
+        finally:
+            handle.remove()
+        return calls
+
+    def velocity_error(self, unet: Any) -> VelocityError:
+        """Error along the dense trajectory of the first test prompts."""
+        error = VelocityError()
+        with torch.inference_mode():
+            for call, dense in self.calls:
+                error.add(float(call["timestep"]), unet(**call, return_dict=False)[0], dense)
+        return error
+
+    def macs(self, unet: Any) -> int:
+        """MACs of one forward at batch 1."""
+        return costs.measure(unet, [], costs.example_inputs(self.pipe.unet)).macs
+
+    def with_denoiser(self, unet: Any) -> Any:
+        """A pipeline of the same components with another denoiser."""
+        parts = {**self.pipe.components, "unet": unet}
+        pipe = type(self.pipe)(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, pipe: Any, count: int) -> list[Any]:
+        """Images of the first test prompts, seeds 0, 1, 2, ..."""
+        texts = prompts(self.split, count)
+        return evaluate.generate(pipe, texts, range(count), batch_size=32, **SAMPLING)
+
+    def dense_images(self, count: int) -> list[Any]:
+        """The dense pipeline's images of the first `count` test prompts."""
+        if count > len(self._images):
+            self._images = self.draw(self.pipe, count)
+        return self._images[:count]
+
+    def quality(self, pipe: Any, count: int) -> dict[str, Any]:
+        """Scene accuracy with its interval, and likeness to the dense images."""
+        images = self.draw(pipe, count)
+        accuracy = scene_accuracy(images, prompts(self.split, count))
+        dense = self.dense_images(count)
+        return {
+            "images": count,
+            "scene_accuracy": accuracy.whole,
+            "interval": list(accuracy.interval),
+            "psnr": evaluate.psnr(images, dense),
+            "ssim": evaluate.ssim(images, dense),
+        }
+
+    def call_speedup(self, unet: Any) -> float:
+        """Times faster than dense: one denoiser call at batch 2, as guidance makes it."""
+        call = dict(self.calls[0][0])
+        call |= {name: value[:2] for name, value in call.items() if value.ndim}
+
+        def calling(unet: Any) -> Any:
+            def run() -> None:
+                with torch.inference_mode():
+                    unet(**call)
+
+            return run
+
+        return self._speedup(calling(self.pipe.unet), calling(unet), 5 * self.size.runs)
+
+    def sampling_speedup(self, pipe: Any) -> float:
+        """Times faster than dense: the sampling of one image, without the VAE."""
+
+        def sampling(pipe: Any) -> Any:
+            texts = prompts(self.split, 1)
+            return lambda: evaluate.generate(pipe, texts, [0], output_type="latent", **SAMPLING)
+
+        return self._speedup(sampling(self.pipe), sampling(pipe), self.size.runs)
+
+    def _speedup(self, dense: Any, slim: Any, runs: int) -> float:
+        found = evaluate.interleaved({"dense": dense, "slim": slim}, runs=runs, warmup=2)
+        return found["dense"].speedup_of(found["slim"])
+
+    def copy_of_denoiser(self) -> Any:
+        """A dense denoiser to change."""
+        return copy.deepcopy(self.pipe.unet)
