@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import platform
 import shlex
 import sys
@@ -56,15 +57,19 @@ def _status_gib(key: str) -> float:
 class Rows:
     """Rows of one benchmark in one JSON file, written after each, so that a killed run goes on.
 
-    Rows that were measured with other settings do not count and are measured again.
+    Several processes may share the work: each looks into the file before it measures a row. Rows
+    that were measured with other settings do not count and are measured again.
     """
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self.path = RESULTS / f"{name}.json"
-        self.settings = settings
+        self.settings = json.loads(json.dumps(settings))
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Name -> row, of all that are there."""
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        same = kept.get("settings") == json.loads(json.dumps(settings))
-        self.rows: dict[str, dict[str, Any]] = kept["rows"] if same else {}
+        return kept["rows"] if kept.get("settings") == self.settings else {}
 
     def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, unless it is there."""
@@ -72,11 +77,11 @@ class Rows:
             print(f"{key}: kept", flush=True)
             return
         row = make()
-        self.rows[key] = row
-        shown = {name: value for name, value in row.items() if isinstance(value, float | int | str)}
+        shown = {name: value for name, value in row.items() if not isinstance(value, list)}
         print(f"{key}: {shown}", flush=True)
-        data = {"machine": machine(), "settings": self.settings, "rows": self.rows}
-        partial = self.path.with_suffix(".partial")
+        rows = self.rows | {key: row}
+        data = {"machine": machine(), "settings": self.settings, "rows": rows}
+        partial = self.path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(data, indent=1) + "\n")
         partial.replace(self.path)
 

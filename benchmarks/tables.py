@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ERROR = "velocity_error"
 START, END = "<!-- figures: benchmarks/tables.py -->", "<!-- end of figures -->"
 HEAD = """# Benchmarks
 
@@ -60,8 +61,9 @@ def evidence(result: dict[str, Any]) -> str:
         "seconds",
         "GiB",
     )
-    for title in dict.fromkeys(row["group"] for row in rows.values()):
-        cells = [evidence_row(row, dense) for row in rows.values() if row["group"] == title]
+    ordered = sorted(rows.values(), key=lambda row: (row.get("removed", 1), row.get(ERROR, 1)))
+    for title in dict.fromkeys(row["group"] for row in ordered):
+        cells = [evidence_row(row, dense) for row in ordered if row["group"] == title]
         parts.append(f"### {title}\n\n{table(head, cells)}")
     parts.append(made_by(result))
     return "\n\n".join(parts) + "\n"
