@@ -18,7 +18,7 @@ from slimdiff.curves import ErrorCurve, error_curves, probes_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.job import Job
+from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import Allocation, check_budget, counted, make_plan
 from slimdiff.rewrite import refuse_slim, rewrite
@@ -70,43 +70,43 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     _refuse_impossible(denoiser, budget, plan, how | finer)
-    job = Job(pipe, list(prompts), config, results, pictures if results else 0)
-    job.draw("dense")
-    with job.timed("calibrate"):
+    journal = Journal(pipe, list(prompts), config, results, pictures if results else 0)
+    journal.draw("dense")
+    with journal.timed("calibrate"):
         statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
     curves: dict[str, ErrorCurve] = {}
     if plan is None:
         assert budget is not None
-        with job.timed("allocate"):
+        with journal.timed("allocate"):
             curves = measure_curves(
                 denoiser, statistics, **how, folder=checkpoint, progress=progress
             )
             plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
     else:
         plan = _given(denoiser, statistics, plan)
-    _finish(job, statistics, plan, curves, progress)
+    _finish(journal, statistics, plan, curves, progress)
     return plan
 
 
 def _finish(
-    job: Job,
+    journal: Journal,
     statistics: Statistics,
     plan: Plan,
     curves: Mapping[str, ErrorCurve],
     progress: Progress | None,
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
-    name, denoiser = denoiser_of(job.pipe)
+    name, denoiser = denoiser_of(journal.pipe)
     probed = probes_of(denoiser, statistics)
-    job.account(statistics, plan, curves)
-    with job.timed("rewrite"):
+    journal.account(statistics, plan, curves)
+    with journal.timed("rewrite"):
         rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
-    setattr(job.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
+    setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     plan.figures["error_on_probes"] = probed.error({})
-    plan.figures["seconds"] = job.seconds
+    plan.figures["seconds"] = journal.seconds
     plan.figures["calibration"] = statistics.source
-    job.draw("slim")
-    job.write(plan)
+    journal.draw("slim")
+    journal.write(plan)
 
 
 def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:

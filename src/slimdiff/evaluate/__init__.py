@@ -2,7 +2,8 @@
 
 from slimdiff.evaluate.latency import Timing, interleaved
 from slimdiff.evaluate.sampling import generate
-from slimdiff.evaluate.suite import Settings, evaluate
+from slimdiff.evaluate.settings import Settings
+from slimdiff.evaluate.suite import evaluate
 from slimdiff.evaluate.velocity import (
     VelocityError,
     comparing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.latency import Timing, interleaved
 from slimdiff.evaluate.memory import activation_peak, folder_bytes, weight_bytes
 from slimdiff.evaluate.sampling import generate
-
-if TYPE_CHECKING:
-    from slimdiff.evaluate.suite import Settings
+from slimdiff.evaluate.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 

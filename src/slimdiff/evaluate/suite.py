@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from slimdiff.evaluate.cost import measure_cost
 from slimdiff.evaluate.features import ClipScore, Features
 from slimdiff.evaluate.fidelity import Drawn, Judge, measure_fidelity
 from slimdiff.evaluate.sampling import generate
+from slimdiff.evaluate.settings import Settings
 from slimdiff.evaluate.velocity import comparing, model_of
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
@@ -22,35 +23,6 @@ from slimdiff.probes import Probes
 from slimdiff.results import Results, made_by
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How both pipelines are sampled, timed and shown.
-
-    Attributes:
-        num_inference_steps, guidance_scale, batch_size, height, width: as for `generate`.
-        first_seed: of the first prompt's image; the next ones get 1 more each.
-        runs: timed denoiser calls of each model.
-        pipeline_runs: timed images of each model; 0 leaves the pipeline's latency out.
-        shown: image pairs that go into the results.
-    """
-
-    num_inference_steps: int = 20
-    guidance_scale: float | None = None
-    batch_size: int = 4
-    height: int | None = None
-    width: int | None = None
-    first_seed: int = 0
-    runs: int = 11
-    pipeline_runs: int = 3
-    shown: int = 8
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What `generate` takes."""
-        names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
-        return {name: getattr(self, name) for name in names}
 
 
 def evaluate(

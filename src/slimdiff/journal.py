@@ -22,8 +22,8 @@ from slimdiff.statistics import Statistics
 
 
 @dataclass
-class Job:
-    """One compression of a pipeline.
+class Journal:
+    """The journal of one compression of a pipeline.
 
     Attributes:
         pipe: the pipeline, dense at first.
