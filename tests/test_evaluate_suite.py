@@ -176,6 +176,16 @@ def test_distances_of_gaussians_are_known():
     assert abs(kernel(a, b)) < 0.02 < kernel(a, b + 1)
     with pytest.raises(SlimdiffError, match="two equal sets"):
         kernel(a, b[:5])
+    # a pair that differs by next to nothing is next to no distance, even in a small set
+    assert abs(kernel(a[:8], a[:8] + 1e-6)) < 1e-4
+
+
+def test_kernel_distance_of_independent_sets_is_that_of_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 500, 4, generator=generator).double() + torch.tensor([[[0]], [[0.5]]])
+    assert kernel(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=0.02)
 
 
 def test_latent_features_do_not_depend_on_the_batch(dense):

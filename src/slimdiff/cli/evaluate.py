@@ -111,6 +111,8 @@ def evaluate(
     write(out, results)
     page = console.out()
     page.print(_table(results))
+    for reason in _reasons(results):
+        page.print(reason, soft_wrap=True, markup=False)
     page.print(f"{out}: all results; `slimdiff report {out}` makes a page of them", soft_wrap=True)
 
 
@@ -147,35 +149,35 @@ def _cost_rows(cost: dict[str, Any]) -> list[tuple[str, ...]]:
         ("params", "parameters"),
         ("macs", "MACs of one forward"),
         ("bytes", "bytes of weights"),
-        ("peak_memory", "peak memory of a call, bytes"),
+        ("peak_memory", "peak bytes in a call"),
     ):
         found = cost[key]
         if "unavailable" in found:
-            rows.append((name, "", "not measured", found["unavailable"]))
+            rows.append((name, "", "not measured", ""))
             continue
         share = console.share(found["slim"], found["dense"])
         rows.append((name, console.count(found["dense"]), console.count(found["slim"]), share))
     for found in cost["latency"].values():
         seconds = [f"{found[label] * 1000:.1f} ms" for label in ("dense", "slim")]
-        rows.append((f"latency, {found['of']}", *seconds, f"{found['speedup']:.2f} x faster"))
+        rows.append((found["of"], *seconds, f"{found['speedup']:.2f} x faster"))
     if "macs_allow" in cost:
         share = f"{100 * cost['share_reached']:.0f} % reached"
-        rows.append(("speed-up that the MACs allow", "", f"{cost['macs_allow']:.2f} x", share))
+        rows.append(("the MACs allow, for a call", "", f"{cost['macs_allow']:.2f} x", share))
     return rows
 
 
 def _fidelity_rows(fidelity: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     rows.append(("velocity error", "", f"{fidelity['velocity']['relative']:.2e}", ""))
-    for key, names in (
-        ("images", {"psnr": "PSNR to the dense images, dB", "ssim": "SSIM to the dense images"}),
-        ("frechet", {"value": "Fréchet distance to the dense images"}),
-        ("kernel", {"value": "kernel distance to the dense images"}),
+    for key, field, name in (
+        ("images", "psnr", "PSNR to the dense images, dB"),
+        ("images", "ssim", "SSIM to the dense images"),
+        ("frechet", "value", "Fréchet distance"),
+        ("kernel", "value", "kernel distance"),
     ):
         found = fidelity[key]
-        for field, name in names.items():
-            told = "not measured" if "unavailable" in found else f"{found[field]:.4g}"
-            rows.append((name, "", told, found.get("unavailable", found.get("features", ""))))
+        told = "not measured" if "unavailable" in found else f"{found[field]:.4g}"
+        rows.append((name, "", told, found.get("features", "")))
     rows.append(_both("CLIP score", fidelity["clip"], lambda value: f"{value:.2f}"))
     rows.append(_both("scene accuracy", fidelity["scenes"], _accuracy))
     return rows
@@ -183,8 +185,18 @@ def _fidelity_rows(fidelity: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _both(name: str, found: dict[str, Any], show: Any) -> tuple[str, ...]:
     if "unavailable" in found:
-        return (name, "", "not measured", found["unavailable"])
+        return (name, "", "not measured", "")
     return (name, show(found["dense"]), show(found["slim"]), found.get("model", ""))
+
+
+def _reasons(results: dict[str, Any]) -> list[str]:
+    """Why some figures are not there."""
+    parts = {**results["cost"], **results["fidelity"]}
+    return [
+        f"{name} not measured: {found['unavailable']}"
+        for name, found in parts.items()
+        if isinstance(found, dict) and "unavailable" in found
+    ]
 
 
 def _accuracy(found: dict[str, Any]) -> str:
