@@ -32,7 +32,7 @@ SHARES = (0.20, 0.41, 0.60, 0.75)
 MACS = (0.8,)
 RECIPES = (
     ("slimdiff", "probed"),
-    ("paper", "entropic"),
+    ("paper", "entropic 0.3"),  # the best temperature on selection prompts: see ablations.py
     ("paper", "uniform"),
     ("magnitude", "threshold"),
 )
@@ -87,8 +87,10 @@ class Bench:
 
     def recipe(self, recipe: str, allocation: str, budget: slimdiff.Budget) -> dict[str, Any]:
         """A slim denoiser by one of slimdiff's recipes, and what it took to make."""
+        allocation, _, temperature = allocation.partition(" ")
         curves, seconds, peak = self.curves(recipe, allocation)
         how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "curves": curves}
+        how |= {"temperature": float(temperature)} if temperature else {}
 
         def make() -> Any:
             plan = slimdiff.allocate(self.pipe.unet, self.statistics, budget, **how)

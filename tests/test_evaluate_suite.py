@@ -19,6 +19,7 @@ from slimdiff.evaluate import Settings, Timing, evaluate, generate, interleaved,
 from slimdiff.evaluate.distances import features_of, frechet, kernel
 from slimdiff.evaluate.features import ClipScore, ImageModel, LatentFeatures, prepared
 from slimdiff.evaluate.memory import activation_peak, weight_bytes
+from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.results import merged, read, write
 from tiny_pipeline import tiny_pipeline
 
@@ -54,7 +55,7 @@ def test_fidelity_is_that_of_the_parts(dense, slim, results):
     assert fidelity["frechet"]["value"] >= -1e-6
     assert fidelity["frechet"]["features"] == "AutoencoderKL latents"
     assert "give the folder of one with --clip" in fidelity["clip"]["unavailable"]
-    assert "judged" in fidelity["scenes"]["unavailable"]
+    assert "no judge" in fidelity["scenes"]["unavailable"]
 
 
 def test_cost_is_counted_and_timed(dense, slim, results):
@@ -122,6 +123,27 @@ def test_results_of_different_models_do_not_merge(results):
     other = {"model": results["model"] | {"class": "OtherModel"}}
     with pytest.raises(SlimdiffError, match="OtherModel and UNet2DConditionModel"):
         merged([results, other])
+
+
+def test_results_of_other_widths_do_not_merge(results):
+    groups = [row | {"width": row["width"] - 1} for row in results["groups"]]
+    with pytest.raises(SlimdiffError, match="widths differ"):
+        merged([results, {"groups": groups}])
+
+
+def test_prompts_are_a_list(dense, slim):
+    with pytest.raises(SlimdiffError, match="expected a list"):
+        evaluate(dense, slim, "a red circle", QUICK)
+
+
+def test_first_call_is_not_made_and_leaves_no_hook(dense):
+    calls = []
+    handle = dense.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    call = first_call(dense, "a red circle", num_inference_steps=3)
+    handle.remove()
+    assert not calls and not dense.unet._forward_pre_hooks
+    assert call["sample"].shape == (2, 4, 16, 16)
+    assert one_row_of(call)["encoder_hidden_states"].shape[0] == 1
 
 
 def test_a_judge_is_asked_for_both(dense, slim):

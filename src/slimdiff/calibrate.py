@@ -59,8 +59,8 @@ def calibrate(
             in an activation (names the module).
     """
     config = config or CalibrationConfig()
-    if not prompts:
-        raise SlimdiffError("no calibration prompts; give at least one")
+    if not prompts or isinstance(prompts, str):
+        raise SlimdiffError("no calibration prompts; give a list of at least one")
     _, denoiser = denoiser_of(pipe)
     statistics = _start(denoiser, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
@@ -98,15 +98,28 @@ def _start(
         return Statistics(type(denoiser).__name__, probes, source=source)
     statistics = Statistics.load(checkpoint)
     if statistics.source != source:
-        changed = [key for key in source if statistics.source.get(key) != source[key]]
         raise SlimdiffError(
-            f"{checkpoint}: holds statistics of another run ({', '.join(changed)} differ); "
-            f"name another folder, or delete this one to start over"
+            f"{checkpoint}: holds statistics of another run ({_differences(statistics, source)}); "
+            f"give the same prompts and options, name another folder, or delete this one to start "
+            f"over"
         )
     logger.info("resuming %s after %d batches", checkpoint, statistics.batches)
     device = next(denoiser.parameters()).device
     statistics.sums = {name: total.to(device) for name, total in statistics.sums.items()}
     return statistics
+
+
+def _differences(statistics: Statistics, source: dict[str, Any]) -> str:
+    """What differs between the run that the statistics are of and this one."""
+    pairs = {key: (statistics.source.get(key), now) for key, now in source.items()}
+    there, here = pairs.pop("config")
+    pairs |= {key: ((there or {}).get(key), now) for key, now in here.items()}
+    found = [
+        f"other {key.removesuffix('_sha256')}" if key.endswith("_sha256") else f"{key} {a}, not {b}"
+        for key, (a, b) in pairs.items()
+        if a != b
+    ]
+    return "; ".join(found)
 
 
 def _source(

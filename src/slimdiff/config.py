@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from slimdiff.errors import SlimdiffError
 
@@ -107,6 +107,12 @@ class CalibrationConfig:
     dtype: Literal["float64", "float32"] = field(
         default="float64", metadata={"help": "precision of the sums"}
     )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `slimdiff.evaluate.generate` takes."""
+        names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "batch_size", "num_probes", "tokens_per_sample"):

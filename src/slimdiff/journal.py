@@ -56,9 +56,9 @@ class Journal:
         """Draw the first prompts with the pipeline as it stands."""
         texts = self.prompts[: self.pictures]
         if texts:
-            names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
-            sampling = {name: getattr(self.config, name) for name in names}
-            self.images[label] = generate(self.pipe, texts, range(len(texts)), **sampling)
+            self.images[label] = generate(
+                self.pipe, texts, range(len(texts)), **self.config.sampling
+            )
 
     def account(self, statistics: Statistics, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
         """Note where parameters and MACs are, while the denoiser is still dense."""

@@ -17,6 +17,7 @@ from slimdiff.curve_file import CurveFile
 from slimdiff.curves import ErrorCurve, error_curves, probes_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
+from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
@@ -39,7 +40,7 @@ def compress(
     allocation: str | None = None,
     tied: bool = True,
     multiple: int = 8,
-    temperature: float = 0.1,
+    temperature: float = 0.3,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
@@ -69,7 +70,7 @@ def compress(
     config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
-    _refuse_impossible(denoiser, budget, plan, how | finer)
+    _refuse_impossible(pipe, config, budget, plan, how | finer)
     journal = Journal(pipe, list(prompts), config, results, pictures if results else 0)
     journal.draw("dense")
     with journal.timed("calibrate"):
@@ -118,9 +119,14 @@ def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
 
 
 def _refuse_impossible(
-    denoiser: nn.Module, budget: Budget | None, plan: Plan | None, how: dict[str, Any]
+    pipe: Any,
+    config: CalibrationConfig,
+    budget: Budget | None,
+    plan: Plan | None,
+    how: dict[str, Any],
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
+    denoiser = denoiser_of(pipe)[1]
     refuse_slim(denoiser)
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
@@ -130,7 +136,8 @@ def _refuse_impossible(
     if budget is not None:
         name = how["allocation"] or recipe.allocation
         settings = Allocation(name, how["tied"], how["multiple"], how["temperature"])
-        costs = costs_.measure(denoiser, groups, costs_.example_inputs(denoiser))
+        call = one_row_of(first_call(pipe, **config.sampling))
+        costs = costs_.measure(denoiser, groups, call)
         check_budget(groups, costs, budget, recipe, settings)
 
 
@@ -172,7 +179,7 @@ def allocate(
     allocation: str | None = None,
     tied: bool = True,
     multiple: int = 8,
-    temperature: float = 0.1,
+    temperature: float = 0.3,
     curves: Mapping[str, ErrorCurve] | None = None,
     progress: Progress | None = None,
 ) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class Allocation:
     name: str
     tied: bool = True
     multiple: int = 8
-    temperature: float = 0.1
+    temperature: float = 0.3
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
@@ -113,9 +114,16 @@ def check_budget(
     if limit < smallest:
         raise SlimdiffError(
             f"{budget.describe()} leaves {limit:,} {metric}, but the smallest possible is "
-            f"{smallest:,} of {total:,} ({smallest / total:.3f}): ask for at least that"
+            f"{smallest:,} of {total:,} ({math.ceil(1000 * smallest / total) / 1000:.3f}): "
+            f"{_advice(budget, total - smallest)}"
         )
     return limit
+
+
+def _advice(budget: Budget, removable: int) -> str:
+    if budget.remove is not None:
+        return f"at most {removable:,} can go"
+    return "ask for at least that"
 
 
 def _bundles(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[_Bundle]:

@@ -140,9 +140,25 @@ def merged(parts: Iterable[Results]) -> Results:
             raise SlimdiffError(
                 f"results of different models do not add up: {' and '.join(sorted(classes))}"
             )
+        _refuse_other_widths(whole, part)
         whole |= part | _with_curves(part.get("groups"), whole.get("groups"))
     whole["made"] = [part["made"] for part in parts if "made" in part]
     return whole
+
+
+def _refuse_other_widths(whole: Results, part: Results) -> None:
+    sizes = [
+        {row["name"]: (row["heads"], row["width"]) for row in results["groups"]}
+        for results in (whole, part)
+        if "groups" in results
+    ]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        names = [results.get("model", {}).get("slim", "?") for results in (whole, part)]
+        differ = [name for name in sizes[0] if sizes[0][name] != sizes[1].get(name)]
+        raise SlimdiffError(
+            f"results of {names[0]} and of {names[1]} do not add up: widths differ, for instance "
+            f"of {differ[0] if differ else 'other groups'}; give the results of one slim model"
+        )
 
 
 def _with_curves(rows: list[Any] | None, earlier: list[Any] | None) -> dict[str, Any]:

@@ -138,7 +138,8 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("slimdiff", "{}"))
                 _check_version(path, header)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # Copies are aligned as fresh tensors are, so that sums go on bit for bit.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except SafetensorError as error:
             raise SlimdiffError(f"{path}: damaged ({error}); delete it, calibrate again") from error
         return cls._from(header, tensors)

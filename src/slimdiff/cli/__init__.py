@@ -17,6 +17,8 @@ reference `scenes-unet` is used. Each command's `--help` has examples.
 
 - `slimdiff compress` makes a smaller pipeline
 - `slimdiff compare scenes-unet scenes-unet-slim` draws the same seeds with both
+- `slimdiff evaluate scenes-unet scenes-unet-slim` measures what was lost and gained
+- `slimdiff report RESULTS...` makes a page of what both wrote
 """
 
 # The base of all usage errors, whichever library typer takes it from.

@@ -83,7 +83,8 @@ NumProbes = Annotated[
 Checkpoint = Annotated[
     Path | None,
     _calibration(
-        "Folder that statistics and error curves are saved to as they come, and resumed from.",
+        "Folder that statistics and error curves are saved to as they come, and resumed from. "
+        "Default: OUT.statistics.",
         "--statistics",
     ),
 ]
@@ -106,7 +107,8 @@ recorded. Every attention and feed-forward layer gets a width under the budget, 
 weights follow in closed form.
 
 A run that was interrupted goes on from its last finished batch when the same command is given
-again. Another budget or recipe for the same prompts and sampling reuses the recorded statistics.
+again. Another budget or recipe reuses the recorded statistics, if prompts and sampling (batch size
+and seed too) are the same.
 
 An earlier slim pipeline in OUT is replaced once the new one is complete; other folders are refused.
 
@@ -130,7 +132,7 @@ def compress(
     plan: PlanFile = None,
     recipe: RecipeName = "slimdiff",
     allocation: AllocationName = None,
-    temperature: Temperature = 0.1,
+    temperature: Temperature = 0.3,
     untied: Untied = False,
     multiple: Multiple = 8,
     num_prompts: NumPrompts = 128,

@@ -16,7 +16,8 @@ HELP = """Measure what was lost and what was gained: dense against slim, same pr
 Fidelity: error of the denoiser's prediction by timestep, PSNR and SSIM of the images, Fréchet and
 kernel distance between the two sets of images, CLIP score if a CLIP folder is given, scene accuracy
 on the bundled reference. Cost: parameters, MACs, bytes, peak memory and latency, timed in turn.
-Nothing is downloaded; what cannot be measured is said. Use prompts that calibration has not seen.
+Nothing is downloaded; what cannot be measured is said. Use prompts that calibration has not seen;
+the bundled reference has test prompts of its own, other models need --prompts.
 
 The results are a JSON file, from which `slimdiff report` makes a page.
 
@@ -137,7 +138,9 @@ def _judge(images: Any, prompts: Any) -> dict[str, Any]:
 def _table(results: dict[str, Any]) -> Any:
     columns = {"": "left", **dict.fromkeys(("dense", "slim", "slim / dense"), "right")}
     model = results["model"]
-    shown = console.table(f"{model['slim']} against {model['dense']}", columns)
+    count = results["fidelity"]["velocity"]["prompts"]
+    title = f"{model['slim']} against {model['dense']}, {count} prompts"
+    shown = console.table(title, columns)
     for row in [*_cost_rows(results["cost"]), *_fidelity_rows(results["fidelity"])]:
         shown.add_row(*row)
     return shown
@@ -148,7 +151,7 @@ def _cost_rows(cost: dict[str, Any]) -> list[tuple[str, ...]]:
     for key, name in (
         ("params", "parameters"),
         ("macs", "MACs of one forward"),
-        ("bytes", "bytes of weights"),
+        ("bytes", "files of the denoiser, bytes"),
         ("peak_memory", "peak bytes in a call"),
     ):
         found = cost[key]
@@ -168,7 +171,8 @@ def _cost_rows(cost: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _fidelity_rows(fidelity: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    rows.append(("velocity error", "", f"{fidelity['velocity']['relative']:.2e}", ""))
+    error = fidelity["velocity"]["relative"]
+    rows.append(("velocity error (relative, squared)", "", f"{error:.2e}", ""))
     for key, field, name in (
         ("images", "psnr", "PSNR to the dense images, dB"),
         ("images", "ssim", "SSIM to the dense images"),
@@ -179,7 +183,7 @@ def _fidelity_rows(fidelity: dict[str, Any]) -> list[tuple[str, ...]]:
         told = "not measured" if "unavailable" in found else f"{found[field]:.4g}"
         rows.append((name, "", told, found.get("features", "")))
     rows.append(_both("CLIP score", fidelity["clip"], lambda value: f"{value:.2f}"))
-    rows.append(_both("scene accuracy", fidelity["scenes"], _accuracy))
+    rows.append(_both("scene accuracy (95 %)", fidelity["scenes"], _accuracy))
     return rows
 
 
@@ -190,9 +194,11 @@ def _both(name: str, found: dict[str, Any], show: Any) -> tuple[str, ...]:
 
 
 def _reasons(results: dict[str, Any]) -> list[str]:
-    """Why some figures are not there."""
+    """What to know about the table: why some figures are not there, and a doubtful order."""
     parts = {**results["cost"], **results["fidelity"]}
-    return [
+    params = results["cost"]["params"]
+    swapped = ["the second pipeline is the larger one: is it evaluate DENSE SLIM?"]
+    return (swapped if params["slim"] > params["dense"] else []) + [
         f"{name} not measured: {found['unavailable']}"
         for name, found in parts.items()
         if isinstance(found, dict) and "unavailable" in found

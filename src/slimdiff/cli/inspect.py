@@ -12,8 +12,8 @@ HELP = """Show the groups of a pipeline's denoiser: what can shrink, and what it
 
 A group is a set of layers that shrink together: the query and key, or the value and output
 projections of an attention layer, or the two linears of a feed-forward layer. MACs are those of one
-forward at batch 1, the model's native size and 77 text tokens; a plan counts those of the inputs
-that it was calibrated with. A slim pipeline shows its present widths.
+forward at batch 1 and the pipeline's own image size; a plan counts those of the size that it was
+calibrated with. A slim pipeline shows its present widths.
 
 **Examples**
 
@@ -46,7 +46,7 @@ def inspect(
     from slimdiff.denoiser import denoiser_of
 
     name, denoiser = denoiser_of(pipe)
-    rows, totals = measure(denoiser)
+    rows, totals = measure(denoiser, _inputs(pipe))
     if as_json:
         groups = [vars(row) for row in rows]
         report = {"denoiser": type(denoiser).__name__, **totals, "groups": groups}
@@ -55,13 +55,28 @@ def inspect(
         _show(f"{type(denoiser).__name__} ({name})", rows, totals)
 
 
-def measure(denoiser: Any) -> tuple[list[Row], dict[str, int]]:
-    """A row for each group, and the whole denoiser's `params` and `macs`."""
+def _inputs(pipe: Any) -> dict[str, Any] | None:
+    """What the pipeline passes to its denoiser; None if it takes more than a prompt."""
+    from slimdiff.evaluate.sampling import first_call, one_row_of
+
+    try:
+        return one_row_of(first_call(pipe))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def measure(
+    denoiser: Any, inputs: dict[str, Any] | None = None
+) -> tuple[list[Row], dict[str, int]]:
+    """A row for each group, and the whole denoiser's `params` and `macs`.
+
+    MACs are those of `inputs`, by default of the model's native size and 77 text tokens.
+    """
     from slimdiff import costs
     from slimdiff.families import groups_of
 
     groups = groups_of(denoiser)
-    found = costs.measure(denoiser, groups, costs.example_inputs(denoiser))
+    found = costs.measure(denoiser, groups, inputs or costs.example_inputs(denoiser))
     rows = []
     for group in groups:
         cost, inner = found.groups[group.name], group.heads * group.width

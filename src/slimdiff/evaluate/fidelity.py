@@ -78,7 +78,9 @@ def _clip(drawn: Drawn, clip: ClipScore | None) -> dict[str, Any]:
 
 def _scenes(drawn: Drawn, judge: Judge | None) -> dict[str, Any]:
     if judge is None:
-        raise SlimdiffError("only the bundled reference's scenes can be judged from pixels")
+        raise SlimdiffError(
+            "there is no judge of these pictures; the bundled reference's test prompts have one"
+        )
     return {
         "dense": judge(drawn.dense, drawn.prompts),
         "slim": judge(drawn.slim, drawn.prompts),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
+from slimdiff.probes import Probes
 
 
 def generate(
@@ -40,6 +44,8 @@ def generate(
     Raises:
         SlimdiffError: no prompt, or not as many seeds as prompts.
     """
+    if isinstance(prompts, str):
+        raise SlimdiffError(f"prompts is one string, expected a list: [{prompts!r}]")
     if not prompts or len(prompts) != len(seeds) or batch_size < 1:
         raise SlimdiffError(
             f"got {len(prompts)} prompts, {len(seeds)} seeds and batch size {batch_size}; expected "
@@ -60,6 +66,48 @@ def generate(
             )
             images.extend(output.images)
     return images
+
+
+class _Caught(Exception):
+    """Carries the arguments of a denoiser call that is not made."""
+
+    def __init__(self, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = call
+
+
+def first_call(pipe: Any, prompt: str = "", **sampling: Any) -> dict[str, Any]:
+    """Keyword arguments of the first denoiser call for one image; the call itself is not made.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        prompt: what to draw.
+        sampling: as for `generate`.
+
+    Raises:
+        SlimdiffError: the pipeline never calls its denoiser.
+    """
+    denoiser = denoiser_of(pipe)[1]
+    signature = inspect.signature(denoiser.forward)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Caught(dict(signature.bind(*args, **kwargs).arguments))
+
+    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        generate(pipe, [prompt], [0], output_type="latent", **sampling)
+    except _Caught as caught:
+        return caught.call
+    finally:
+        handle.remove()
+    raise SlimdiffError(f"{type(pipe).__name__}: made an image without calling its denoiser")
+
+
+def one_row_of(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a denoiser call for a batch of one, to count MACs on."""
+    probes = Probes(1)
+    probes.offer(call)
+    return probes.batches(1)[0]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,12 +13,11 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.cost import measure_cost
 from slimdiff.evaluate.features import ClipScore, Features
 from slimdiff.evaluate.fidelity import Drawn, Judge, measure_fidelity
-from slimdiff.evaluate.sampling import generate
+from slimdiff.evaluate.sampling import first_call, generate, one_row_of
 from slimdiff.evaluate.settings import Settings
 from slimdiff.evaluate.velocity import comparing, model_of
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
-from slimdiff.probes import Probes
 from slimdiff.results import Results, made_by
 
 Progress = Callable[[str, int, int], None]
@@ -54,8 +52,8 @@ def evaluate(
     if not prompts:
         raise SlimdiffError("no prompts to evaluate on; give at least one, not of calibration")
     drawn = _draw(dense, slim, prompts, settings, progress)
-    call = _one_call(dense, prompts[0], settings)
-    one_row = _one_row(model_of(dense), call)
+    call = first_call(dense, prompts[0], **settings.sampling)
+    one_row = one_row_of(call)
     whole = {
         "made": made_by(**_how(dense, prompts, settings)),
         "model": _names(dense, slim),
@@ -96,31 +94,6 @@ def _batches(
             progress(f"{label} images", len(images[label]), len(prompts))
 
 
-def _one_call(dense: Any, prompt: str, settings: Settings) -> dict[str, Any]:
-    """Keyword arguments of the last denoiser call while one image is made."""
-    denoiser = model_of(dense)
-    signature, seen = inspect.signature(denoiser.forward), {}
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(signature.bind(*args, **kwargs).arguments)
-
-    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        sampling = settings.sampling | {"num_inference_steps": min(2, settings.num_inference_steps)}
-        generate(dense, [prompt], [settings.first_seed], output_type="latent", **sampling)
-    finally:
-        handle.remove()
-    return seen
-
-
-def _one_row(denoiser: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's inputs for a batch of one, to count MACs on."""
-    probes = Probes(1)
-    probes.offer(call)
-    found = probes.batches(1)
-    return found[0] if found else costs.example_inputs(denoiser)
-
-
 def _default_features(pipe: Any) -> Features | None:
     from slimdiff.evaluate.features import LatentFeatures
 
@@ -131,7 +104,7 @@ def _default_features(pipe: Any) -> Features | None:
 
 def _how(dense: Any, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
     weight = next(model_of(dense).parameters())
-    seeds = [settings.first_seed, settings.first_seed + len(prompts) - 1]
+    seeds = f"{settings.first_seed} to {settings.first_seed + len(prompts) - 1}"
     return {
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
