@@ -61,13 +61,20 @@ Results = dict[str, Any]
 def made_by(**more: Any) -> dict[str, Any]:
     """How results came about: the command, when, on what, with which versions, and `more`."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": processor(),
         "threads": torch.get_num_threads(),
     } | more
+
+
+def _command() -> str:
+    """What was typed, or as near as it can be told."""
+    name = Path(sys.argv[0]).name or "python"
+    python = ["python"] if name.endswith(".py") else []
+    return shlex.join([*python, name, *sys.argv[1:]])
 
 
 def processor() -> str:
