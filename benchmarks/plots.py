@@ -49,14 +49,19 @@ def main() -> None:
         }
         accuracy = [100 * p["scene_accuracy"] for p in points]
         stays = [100 * p["params"] / params for p in points]
-        panels[0].plot([1 / p["sampling_speedup"] for p in points], accuracy, **style)
+        times = [1 / p["sampling_speedup"] for p in points[1:]]
+        panels[0].plot(times, accuracy[1:], **style | {"linestyle": ""})
         panels[1].plot(stays, accuracy, **style)
         panels[2].semilogy(stays[1:], [p["velocity_error"] for p in points[1:]], **style)
-    for row in rows.values():
-        if "removed" not in row and "macs_left" not in row and "unavailable" not in row:
-            spot = (1 / row["sampling_speedup"], 100 * row["scene_accuracy"])
-            panels[0].annotate(row["method"], spot, fontsize=7, rotation=20)
-            panels[0].plot(*spot, marker="x", color="grey", linestyle="")
+    added = [r for r in rows.values() if "removed" not in r and r["group"].startswith("Dense")]
+    for number, row in enumerate(added):
+        spot = (1 / row["sampling_speedup"], 100 * row["scene_accuracy"])
+        panels[0].plot(*spot, marker="x", color="grey", linestyle="")
+        below = (0, -14 - 11 * (number // 2))
+        side = "left" if spot[0] < 0.6 else "right"
+        panels[0].annotate(
+            row["method"], spot, below, textcoords="offset points", fontsize=7, ha=side
+        )
     panels[0].set(xlabel="sampling time, dense = 1", ylabel="scenes right, %")
     panels[1].set(xlabel="parameters of the UNet that stay, %", ylabel="scenes right, %")
     panels[2].set(xlabel="parameters of the UNet that stay, %", ylabel="velocity error")

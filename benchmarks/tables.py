@@ -42,7 +42,9 @@ def evidence(result: dict[str, Any]) -> str:
         f"One calibration on {settings['calibration_prompts']} prompts for all rows. Velocity "
         f"error along the dense trajectory of {settings['errors']} test prompts; images of the "
         f"number of test prompts given with the accuracy (dense and the headline get more). "
-        f"`faster` is the sampling of one image, 20 steps without the VAE, dense and slim in turn. "
+        f"`faster` is the sampling of one image, 20 steps without the VAE, dense and slim in turn, "
+        f"on a machine that ran other jobs beside. MACs are those of 77 text tokens; a budget in "
+        f"MACs counts the fewer tokens of the reference's own prompts. "
         f"Seconds are those of compressing after calibration. Origin `ours` is a small "
         f"implementation in `benchmarks/peers/`; the others are the public packages."
     ]
