@@ -152,7 +152,7 @@ class Ablations:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     options = parser.parse_args()
     ablations = Ablations(options.work)
     for name, measure in ablations.variants():

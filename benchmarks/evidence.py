@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few prompts, for a first look")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     parser.add_argument("--backwards", action="store_true", help="last row first: a second process")
     options = parser.parse_args()
     bench = Bench(options)
