@@ -21,10 +21,10 @@ from peers.job import removable
 from trial import BATCH, SAMPLING, Size, Trial
 
 import slimdiff
-from slimdiff.config import RECIPES, Recipe
-from slimdiff.pipeline import measure_curves
+from slimdiff.config import RECIPES, TRANSFORMER, Recipe
 from slimdiff.reference.captions import prompts
 from slimdiff.results import made_by, write
+from slimdiff.widths import measure_curves
 
 SHARES = (0.41, 0.60)
 CALIBRATION = 64
@@ -87,7 +87,11 @@ class Ablations:
         """Velocity error at each share."""
         RECIPES[recipe.name] = recipe
         allocation = how.pop("allocation", None)
-        chosen: dict[str, Any] = {"recipe": recipe.name, "allocation": allocation}
+        chosen: dict[str, Any] = {
+            "recipe": recipe.name,
+            "allocation": allocation,
+            "layers": TRANSFORMER,
+        }
         curves = measure_curves(self.unet, statistics, **chosen)
         found = {}
         for share in SHARES:

@@ -25,8 +25,9 @@ from trial import BATCH, SAMPLING, Size, Trial
 
 import slimdiff
 from slimdiff import costs
-from slimdiff.pipeline import measure_curves
+from slimdiff.config import TRANSFORMER
 from slimdiff.reference.captions import prompts
+from slimdiff.widths import measure_curves
 
 SHARES = (0.20, 0.41, 0.60, 0.75)
 MACS = (0.8,)
@@ -81,7 +82,9 @@ class Bench:
         key = (recipe, "probed" if allocation == "probed" else "")
         if key not in self._curves:
             self._curves[key] = peak_of(
-                lambda: measure_curves(self.pipe.unet, self.statistics, recipe, allocation)
+                lambda: measure_curves(
+                    self.pipe.unet, self.statistics, recipe, allocation, layers=TRANSFORMER
+                )
             )
         return self._curves[key]
 
@@ -90,6 +93,7 @@ class Bench:
         allocation, _, temperature = allocation.partition(" ")
         curves, seconds, peak = self.curves(recipe, allocation)
         how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "curves": curves}
+        how["layers"] = TRANSFORMER
         how |= {"temperature": float(temperature)} if temperature else {}
 
         def make() -> Any:

@@ -15,7 +15,7 @@ from shapes import SHAPES, build, inputs
 
 import slimdiff
 from slimdiff import costs
-from slimdiff.pipeline import measure_curves
+from slimdiff.widths import measure_curves
 
 
 def main() -> None:

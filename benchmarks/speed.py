@@ -26,6 +26,7 @@ from torch import nn
 
 import slimdiff
 from slimdiff import costs
+from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import interleaved
 
 SHARES = (0.41, 0.60)
@@ -35,7 +36,7 @@ def narrowed(unet: Any, share: float) -> Any:
     """A UNet of uniform widths with `share` of attention and feed-forward gone; random weights."""
     from types import SimpleNamespace
 
-    groups = slimdiff.groups_of(unet)
+    groups = slimdiff.groups_of(unet, TRANSFORMER)
     pipe = SimpleNamespace(unet=unet)
     statistics = slimdiff.Statistics("", slimdiff.statistics.Probes(1))
     job = Job(pipe, statistics, None, [], {}, int(share * removable(unet)))

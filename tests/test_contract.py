@@ -59,13 +59,18 @@ CASES = pytest.mark.parametrize("case", sorted(TINY_MODELS), indirect=True)
 
 
 @CASES
-def test_every_group_names_linears_and_sees_its_inputs(case: Case) -> None:
-    kinds = {group.kind for group in case.groups}
-    assert kinds == {"query_key", "value_output", "feed_forward"}
+def test_every_group_names_layers_and_sees_its_inputs(case: Case) -> None:
+    names = {
+        "query_key": "q k k_centred",
+        "value_output": "v z",
+        "feed_forward": "h",
+        "resnet": "lags",
+    }
+    assert {group.kind for group in case.groups} == set(names)
     for group in case.groups:
         for path in group.paths.values():
-            assert isinstance(case.model.get_submodule(path), nn.Linear)
-        names = {"query_key": "q k k_centred", "value_output": "v z", "feed_forward": "h"}
+            layer = case.model.get_submodule(path)
+            assert isinstance(layer, nn.Linear) or group.kind == "resnet"
         for what in names[group.kind].split():
             assert case.statistics.weights[f"{group.layer}/{what}"] > 0
     assert case.statistics.calls == len(case.inputs)
@@ -90,11 +95,12 @@ def test_full_widths_change_nothing(case: Case) -> None:
 
 @CASES
 def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
-    """One tied layer and one feed-forward at half width: the reshaped model, with its scale
-    folded in, gives what the dense-size weights that gains are measured with give."""
+    """One tied layer, one feed-forward and one ResNet at half width: the reshaped model, with its
+    scale folded in, gives what the dense-size weights that gains are measured with give."""
     attention = next(g for g in case.groups if g.kind == "query_key").layer
     forward = next(g for g in case.groups if g.kind == "feed_forward").layer
-    chosen = [g for g in case.groups if g.layer in (attention, forward)]
+    resnet = next(g for g in case.groups if g.kind == "resnet").layer
+    chosen = [g for g in case.groups if g.layer in (attention, forward, resnet)]
     entries = {g.name: case.entry(g, g.width // 2) for g in chosen}
     recipe = RECIPES["slimdiff"]
     swapped: dict[str, Tensor] = {}
@@ -113,7 +119,7 @@ def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
     """The error with stages kept from the dense run equals that of a full run."""
     probed = Probed(case.model, case.statistics.probes.batches(8))
     assert probed.error({}) == 0
-    for group in [g for g in case.groups if g.kind == "feed_forward"][1:]:
+    for group in [g for g in case.groups if g.kind in ("feed_forward", "resnet")][1::2]:
         decomposition = decompose_group(case.model, group, case.statistics, RECIPES["slimdiff"])
         weights = effective_weights(case.model, group, decomposition.maps(group.width // 2))
         quick = probed.error(weights)
@@ -129,7 +135,8 @@ def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
 def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
     slim = case.copy()
     dense = costs_.measure(slim, case.groups, case.inputs[0])
-    shrinkable = sum(dense.groups[g.name].of("params", g.width * g.heads) for g in case.groups)
+    groups = slimdiff.groups_of(slim, RECIPES[recipe].layers)
+    shrinkable = sum(dense.groups[g.name].of("params", g.width * g.heads) for g in groups)
     budget = slimdiff.Budget(remove=shrinkable // 2)
     plan = slimdiff.allocate(slim, case.statistics, budget, recipe=recipe)
     slimdiff.rewrite(slim, case.statistics, plan)
@@ -146,7 +153,12 @@ def test_probed_allocation_loses_less_than_the_others(case: Case) -> None:
     errors = {}
     for recipe, allocation in (("slimdiff", "probed"), ("paper", "uniform"), ("magnitude", None)):
         plan = slimdiff.allocate(
-            case.model, case.statistics, budget, recipe=recipe, allocation=allocation
+            case.model,
+            case.statistics,
+            budget,
+            recipe=recipe,
+            allocation=allocation,
+            layers=("attention", "feed_forward"),
         )
         slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
         errors[recipe] = case.error(slim)
@@ -155,7 +167,8 @@ def test_probed_allocation_loses_less_than_the_others(case: Case) -> None:
 
 @CASES
 def test_untied_widths_run(case: Case) -> None:
-    plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(macs=0.9), tied=False)
+    only = {"tied": False, "layers": ("attention",)}
+    plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(macs=0.97), **only)
     widths = {name: entry.width for name, entry in plan.entries.items()}
     assert any(
         widths[name] != widths[name.removesuffix("qk") + "vo"]
@@ -238,7 +251,9 @@ def test_singular_statistics_give_finite_weights_and_a_warning(
     with slimdiff.record(model, dtype=dtype) as statistics:
         model(**inputs[0])
     with caplog.at_level("WARNING"):
-        plan = slimdiff.allocate(model, statistics, slimdiff.Budget(params=0.9))
+        plan = slimdiff.allocate(
+            model, statistics, slimdiff.Budget(params=0.9), layers=("attention", "feed_forward")
+        )
     assert "singular" in caplog.text and group.block in caplog.text
     slim = slimdiff.rewrite(model, statistics, plan)
     assert all(p.isfinite().all() for p in slim.parameters())

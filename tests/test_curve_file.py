@@ -6,8 +6,8 @@ import torch
 import slimdiff
 from slimdiff.config import RECIPES
 from slimdiff.curve_file import CurveFile
-from slimdiff.pipeline import measure_curves
 from slimdiff.results import read
+from slimdiff.widths import measure_curves
 from tiny_models import TINY_MODELS
 from tiny_pipeline import tiny_pipeline
 

@@ -10,6 +10,7 @@ import torch
 
 import slimdiff
 from slimdiff import costs
+from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import generate
 from tiny_pipeline import tiny_pipeline
 
@@ -97,7 +98,7 @@ def test_removing_almost_nothing_changes_almost_nothing(name, parts):
 def half_dead_pipeline(*, heads):
     """Half of every layer is zero: one head of two, or the upper half of each; half the units."""
     pipe = tiny_pipeline()
-    for group in slimdiff.groups_of(pipe.unet):
+    for group in slimdiff.groups_of(pipe.unet, TRANSFORMER):
         dead = torch.zeros(group.heads, group.width, dtype=torch.bool)
         if heads and group.kind != "feed_forward":
             dead[1] = True
@@ -137,7 +138,7 @@ def test_too_much_is_refused(name, parts):
 
 def test_widths_are_uniform(parts):
     job = job_of(parts, 0.5)
-    widths = {g.layer: g.width for g in slimdiff.groups_of(job.pipe.unet)}
+    widths = {g.layer: g.width for g in slimdiff.groups_of(job.pipe.unet, TRANSFORMER)}
     shares = [size / widths[layer] for layer, size in uniform_sizes(job).items()]
     assert max(shares) - min(shares) <= 0.15
 

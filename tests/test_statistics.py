@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import slimdiff
+from slimdiff.decompose import LAGS
+from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probes, flatten, nest
-from slimdiff.record import Recorder
+from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
 from tiny_models import TINY_MODELS
 
@@ -193,3 +196,47 @@ def test_merging_runs_that_were_sampled_differently_warns(caplog):
     assert not caplog.records
     Statistics.merge(parts)
     assert "sampled with different num_inference_steps" in caplog.text
+
+
+def _recorded_lags(x: Tensor, calls: int = 1, tokens: int = 256) -> Statistics:
+    statistics = Statistics("Toy", Probes(1))
+    recorder = Recorder(statistics, seed=0, tokens_per_sample=tokens, dtype=torch.float64)
+    for _ in range(calls):
+        recorder.lags("r/lags", x)
+        recorder.end_call()
+    return statistics
+
+
+def test_lags_of_a_small_map_are_those_of_all_its_images():
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    mean = _recorded_lags(x).mean("r/lags")
+    pixels = 3 * 5 * 6
+    energy = torch.einsum("bcyx,bdyx->cd", x, x).double() / pixels
+    right = torch.einsum("bcyx,bdyx->cd", x[..., :-1], x[..., 1:]).double() / pixels
+    torch.testing.assert_close(mean[LAGS.index((0, 0))], energy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean[LAGS.index((0, 1))], right, rtol=1e-5, atol=1e-6)
+
+
+def test_lags_of_large_maps_take_few_images_and_always_one_at_first():
+    x = torch.ones(2, 4, 32, 32)
+    once = _recorded_lags(x, tokens=16)
+    assert once.weights["r/lags"] == 32 * 32
+    many = _recorded_lags(x, calls=200, tokens=16)
+    images = many.weights["r/lags"] / 32**2
+    assert 1 <= images <= 20  # expected: 200 calls * 2 images * 16 / 1024 = 6.25
+    assert _recorded_lags(x, calls=200, tokens=16).weights == many.weights
+
+
+def test_lags_of_what_is_not_finite_are_refused():
+    with pytest.raises(SlimdiffError, match="r/lags: activation is NaN"):
+        _recorded_lags(torch.full((1, 4, 5, 6), torch.nan))
+
+
+def test_a_block_that_changes_its_channels_turns_everything():
+    statistics = Statistics("Toy", Probes(1))
+    recorder = Recorder(statistics, seed=0, tokens_per_sample=4, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 3)
+    recorder.influence("same", x, x)
+    recorder.influence("other", x, torch.randn(2, 6, 3, 3))
+    assert float(statistics.mean("same")) == pytest.approx(0, abs=1e-6)
+    assert float(statistics.mean("other")) == 1.0

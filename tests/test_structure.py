@@ -13,6 +13,7 @@ import slimdiff
 ROOT = Path(slimdiff.__file__).parent
 
 VOCABULARY = {
+    "budget",
     "config",
     "costs",
     "denoiser",
@@ -21,6 +22,8 @@ VOCABULARY = {
     "plan",
     "probes",
     "prompts",
+    "resolve",
+    "shapes",
     "statistics",
 }
 # What a module (or the modules of a folder) may import of slimdiff, wherever in the file.
@@ -28,7 +31,7 @@ MAY_IMPORT = {
     "errors": set(),
     "allocate": {"errors"},
     "decompose": {"decompose", "errors"},
-    "families": {"families", "groups", "errors"},
+    "families": {"families", "groups", "resolve", "errors"},
     "slim_denoiser": set(),
     "metrics": {"errors"},
     "picture": {"errors"},

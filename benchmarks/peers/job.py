@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import slimdiff
 from slimdiff import costs
 from slimdiff.allocate import Unit, allowed_sizes, uniform
+from slimdiff.config import TRANSFORMER
 from slimdiff.groups import Group
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.planning import counted
-from slimdiff.rewrite import slim_config
+from slimdiff.shapes import slim_config
 from slimdiff.slim_denoiser import become_slim_
 
 MULTIPLE = 4
@@ -75,7 +76,7 @@ def uniform_sizes(job: Job, *, heads: bool = False) -> dict[str, int]:
     Raises:
         SlimdiffError: the smallest sizes leave too much.
     """
-    layers = layers_of(slimdiff.groups_of(job.pipe.unet))
+    layers = layers_of(slimdiff.groups_of(job.pipe.unet, TRANSFORMER))
     per_channel = _costs(job.pipe.unet).groups
     units = []
     for path, groups in layers.items():
@@ -115,10 +116,10 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
 
     Every attention attribute that follows from a width (heads, inner width, scale) is set here.
     """
-    groups = slimdiff.groups_of(dense)
+    groups = slimdiff.groups_of(dense, TRANSFORMER)
     plan.check(groups)
     plan.figures.update(counted(groups, _costs(dense), plan.entries))
-    become_slim_(unet, slim_config(unet, groups, plan))
+    become_slim_(unet, slim_config(unet, groups, plan.entries))
     unet.slim_record = SlimRecord(plan, {})  # type: ignore[assignment]
     return unet
 
@@ -126,7 +127,7 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
 def removable(unet: nn.Module) -> int:
     """Parameters of attention and feed-forward that depend on a width."""
     per_channel = _costs(unet).groups
-    groups = slimdiff.groups_of(unet)
+    groups = slimdiff.groups_of(unet, TRANSFORMER)
     return sum(per_channel[g.name].of("params", g.width * g.heads) for g in groups)
 
 
@@ -153,6 +154,8 @@ def kept_with(denoiser: nn.Module, key: Any, make: Callable[[], Any]) -> Any:
 
 def _costs(unet: nn.Module) -> costs.Costs:
     def measured() -> costs.Costs:
-        return costs.measure(unet, slimdiff.groups_of(unet), costs.example_inputs(unet))
+        return costs.measure(
+            unet, slimdiff.groups_of(unet, TRANSFORMER), costs.example_inputs(unet)
+        )
 
     return kept_with(unet, "costs", measured)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import slimdiff
 from peers.job import MULTIPLE, Job, become_slim, copy_of, layers_of, removable
-from slimdiff.config import recipe_named
+from slimdiff.config import TRANSFORMER, recipe_named
 from slimdiff.groups import Group
 from slimdiff.plan import Plan
 from slimdiff.recipes import decompose_group
@@ -34,7 +34,7 @@ TEMPERATURE = 0.1
 def slim(job: Job) -> nn.Module:
     """Decompose every layer to the widths of the entropic allocation."""
     unet = copy_of(job)
-    groups = slimdiff.groups_of(unet)
+    groups = slimdiff.groups_of(unet, TRANSFORMER)
     plan = _plan(job)
     for group in plan.changed(groups):
         entry = plan.entries[group.name]
@@ -80,7 +80,10 @@ def _plan(job: Job) -> Plan:
 
 def _temperature(job: Job) -> float:
     """The lowest from 0.1 upwards, by quarters, at which no layer should lose more than it has."""
-    blocks = [groups[0].block for groups in layers_of(slimdiff.groups_of(job.pipe.unet)).values()]
+    blocks = [
+        groups[0].block
+        for groups in layers_of(slimdiff.groups_of(job.pipe.unet, TRANSFORMER)).values()
+    ]
     influence_n = torch.cat([job.statistics.mean(f"{block}/influence") for block in blocks])
     mean = min(job.remove / removable(job.pipe.unet), 0.99)
     temperature = TEMPERATURE

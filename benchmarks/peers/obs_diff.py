@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import slimdiff
 from peers.job import Job, become_slim, copy_of, entries_of, uniform_sizes, weight
 from slimdiff import decompose
+from slimdiff.config import TRANSFORMER
 from slimdiff.decompose.linalg import damped, inverse_of_factored_, refit_coupling
 from slimdiff.decompose.linalg import triangular_factor as factor
 from slimdiff.groups import Group
@@ -32,7 +33,7 @@ from slimdiff.rewrite import _put, _slim_weights
 def slim(job: Job) -> nn.Module:
     """Remove heads and hidden units, the same share everywhere."""
     unet = copy_of(job)
-    groups = slimdiff.groups_of(unet)
+    groups = slimdiff.groups_of(unet, TRANSFORMER)
     statistics = job.log_statistics or job.statistics
     entries = entries_of(groups, uniform_sizes(job, heads=True), heads=True)
     plan = Plan(type(unet).__name__, "obs-diff", entries, "uniform")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import slimdiff
 from peers.job import Job, copy_of, kept_with, weight
 from slimdiff.allocate import Unit, uniform
+from slimdiff.config import TRANSFORMER
 from slimdiff.decompose import DAMPING
 from slimdiff.decompose.linalg import damped, triangular_factor
 from slimdiff.evaluate import generate
@@ -63,7 +64,7 @@ def input_moments(job: Job) -> dict[str, Tensor]:
     Those of output and down projections are in the statistics; the others are recorded here, in
     float64, over a few of the same prompts.
     """
-    groups = slimdiff.groups_of(job.pipe.unet)
+    groups = slimdiff.groups_of(job.pipe.unet, TRANSFORMER)
     prompts = job.prompts[:INPUT_PROMPTS]
     with _recorded_inputs(job.pipe.unet, groups) as sums:
         generate(
@@ -119,7 +120,7 @@ def _replaced(job: Job, factors: Callable[[str, Tensor, int], Factors]) -> nn.Mo
 def _ranks(job: Job) -> dict[str, int]:
     """Rank of every matrix that is replaced, at one ratio of parameters."""
     units = []
-    for group in slimdiff.groups_of(job.pipe.unet):
+    for group in slimdiff.groups_of(job.pipe.unet, TRANSFORMER):
         for path in group.paths.values():
             o, i = weight(job.pipe.unet, path).shape
             counts = [*range(o + i, o * i, o + i), o * i]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import slimdiff
 from peers.job import Job, become_slim, copy_of, entries_of, kept_with, uniform_sizes
 from slimdiff import costs
+from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import generate
 from slimdiff.groups import Group
 from slimdiff.plan import Plan
@@ -59,7 +60,7 @@ def taylor(job: Job) -> nn.Module:
 def _prune(job: Job, unet: nn.Module, importance: Any) -> nn.Module:
     import torch_pruning as tp
 
-    groups = slimdiff.groups_of(unet)
+    groups = slimdiff.groups_of(unet, TRANSFORMER)
     sizes = uniform_sizes(job)
     ratios, heads, halves = _settings(unet, groups, sizes)
     pruner = tp.BasePruner(

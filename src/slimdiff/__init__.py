@@ -1,8 +1,9 @@
 """Training-free structural compression of diffusion models."""
 
+from slimdiff.budget import Budget
 from slimdiff.calibrate import calibrate
 from slimdiff.checkpoint import load, load_pipeline, save, save_pipeline
-from slimdiff.config import RECIPES, Budget, CalibrationConfig
+from slimdiff.config import RECIPES, CalibrationConfig
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.pipeline import allocate, compress

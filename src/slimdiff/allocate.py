@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from slimdiff.errors import SlimdiffError
 
@@ -64,6 +65,22 @@ def lagrangian(units: Sequence[Unit], limit: int) -> Choice:
         if end > choice[u] and spent + step <= limit:
             choice[u], spent = end, spent + step
     return _fill(units, choice, limit, _error_per_cost)
+
+
+def within_error(units: Sequence[Unit], largest: float) -> Choice:
+    """The least cost whose summed error is at most `largest`, by bisection on the cost.
+
+    Raises:
+        SlimdiffError: even the dense sizes exceed it.
+    """
+    low, high = sum(unit.costs[0] for unit in units), sum(unit.costs[-1] for unit in units)
+    if _error(units, [len(unit.sizes) - 1 for unit in units]) > largest:
+        raise SlimdiffError(f"an error of {largest:.2e} is below what rounding alone makes")
+    while low < high:
+        middle = (low + high) // 2
+        fits = _error(units, lagrangian(units, middle)) <= largest
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return lagrangian(units, high)
 
 
 def uniform(units: Sequence[Unit], limit: int) -> Choice:
@@ -176,6 +193,10 @@ def _cost(units: Sequence[Unit], choice: Choice) -> int:
     return sum(unit.costs[index] for unit, index in zip(units, choice, strict=True))
 
 
+def _error(units: Sequence[Unit], choice: Choice) -> float:
+    return sum(unit.errors[index] for unit, index in zip(units, choice, strict=True))
+
+
 def _hull_segments(costs: Sequence[int], errors: Sequence[float]) -> list[tuple[float, int]]:
     """Segments of the lower convex hull of (cost, error): (error saved per cost, end index)."""
     hull: list[int] = []
@@ -185,21 +206,21 @@ def _hull_segments(costs: Sequence[int], errors: Sequence[float]) -> list[tuple[
         ):
             hull.pop()
         hull.append(i)
-    return [
-        (_slope(costs, errors, start, end), end) for start, end in zip(hull, hull[1:], strict=False)
-    ]
+    return [(_slope(costs, errors, start, end), end) for start, end in pairwise(hull)]
 
 
 def _slope(costs: Sequence[int], errors: Sequence[float], start: int, end: int) -> float:
     return (errors[start] - errors[end]) / (costs[end] - costs[start])
 
 
-def allowed_sizes(dense: int, multiple: int) -> list[int]:
-    """Sizes that a width may take: multiples of `multiple` and the dense size; never 0.
+def allowed_sizes(dense: int, multiple: int, step: int = 1) -> list[int]:
+    """Sizes that a width may take: multiples of `multiple` and `step`, and the dense size; never 0.
 
-    Where fewer than four multiples fit, the multiple is halved until they do.
+    Where fewer than four multiples fit (eight if there is a `step`), `multiple` is halved until
+    they do; `step` always holds.
     """
-    step = multiple
-    while step > 1 and dense < 4 * step:
-        step //= 2
-    return [*range(step, dense, step), dense]
+    fewest = 4 if step == 1 else 8
+    while multiple > 1 and dense < fewest * math.lcm(multiple, step):
+        multiple //= 2
+    common = math.lcm(multiple, step)
+    return [*range(common, dense, common), dense]

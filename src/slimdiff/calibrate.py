@@ -26,7 +26,8 @@ from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.probes import Probes
-from slimdiff.record import Recorder, recording
+from slimdiff.record import recording
+from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
 
 Progress = Callable[[str, int, int], None]

@@ -1,86 +1,11 @@
-"""What a person chooses: the budget, how to calibrate, and the recipe."""
+"""What a person chooses: how to calibrate, and the recipe (the budget: see `budget`)."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimdiff.errors import SlimdiffError
-
-Metric = Literal["params", "macs"]
-Amount = float | int | str
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-
-
-def parse_amount(amount: Amount, name: str) -> float:
-    """A share in (0, 1], a count, or a count with a unit such as "700M" or "1.2G", as a number.
-
-    Raises:
-        SlimdiffError: not a number, or not positive.
-    """
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([KMGBT]?)\s*", str(amount))
-    try:
-        value = float(match[1]) * UNITS[match[2]] if match else float("nan")
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise SlimdiffError(
-            f"{name} is {amount!r}, expected a share such as 0.8 or a count such as 700M"
-        )
-    return value
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the whole slim denoiser may hold; exactly one of the fields is given.
-
-    Attributes:
-        params: parameters that stay: a share in (0, 1] or a count such as "700M".
-        macs: multiply-accumulates of one forward that stay: a share or a count such as "300G".
-        remove: parameters that go: a share below 1 or a count such as "100M".
-    """
-
-    params: Amount | None = None
-    macs: Amount | None = None
-    remove: Amount | None = None
-
-    def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
-        if len(given) != 1:
-            raise SlimdiffError(
-                f"a budget is exactly one of params, macs and remove, got "
-                f"{' and '.join(given) or 'none'}; for example params 0.8"
-            )
-        parse_amount(getattr(self, given[0]), given[0])
-
-    @property
-    def metric(self) -> Metric:
-        """What is counted."""
-        return "macs" if self.macs is not None else "params"
-
-    def limit(self, dense: int) -> int:
-        """The count that may stay when the dense denoiser has `dense` of them.
-
-        Raises:
-            SlimdiffError: more is to be removed than there is.
-        """
-        amount = self.remove if self.remove is not None else getattr(self, self.metric)
-        value = parse_amount(amount, self.metric if self.remove is None else "remove")
-        count = value * dense if value < 1 or (value == 1 and self.remove is None) else value
-        limit = int(dense - count if self.remove is not None else count)
-        if limit <= 0:
-            raise SlimdiffError(f"remove is {amount}, but the denoiser has only {dense:,} in all")
-        return limit
-
-    def describe(self) -> str:
-        """The budget as the command line spells it, such as `--params 0.8`."""
-        return next(
-            f"--{f.name} {getattr(self, f.name)}"
-            for f in fields(self)
-            if getattr(self, f.name) is not None
-        )
 
 
 @dataclass(frozen=True)
@@ -140,6 +65,7 @@ class Recipe:
         refit: whether the down projection is refit to the units that stay.
         heads: attention loses whole heads by magnitude instead of width per head.
         allocation: default allocation.
+        layers: what may shrink: `attention`, `feed_forward` and `resnet`.
     """
 
     name: str
@@ -149,16 +75,31 @@ class Recipe:
     refit: bool = True
     heads: bool = False
     allocation: Literal["probed", "entropic", "uniform", "threshold"] = "probed"
+    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet")
 
+
+TRANSFORMER = ("attention", "feed_forward")
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("slimdiff"),
         Recipe(
-            "paper", keys="whitened", values="whitened", units="leverage", allocation="entropic"
+            "paper",
+            keys="whitened",
+            values="whitened",
+            units="leverage",
+            allocation="entropic",
+            layers=TRANSFORMER,
         ),
-        Recipe("magnitude", units="magnitude", refit=False, heads=True, allocation="threshold"),
+        Recipe(
+            "magnitude",
+            units="magnitude",
+            refit=False,
+            heads=True,
+            allocation="threshold",
+            layers=TRANSFORMER,
+        ),
     )
 }
 

@@ -17,17 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
-from slimdiff.groups import Group, Shapes, linear_at
+from slimdiff.groups import INWARD, Group, Shapes, layer_at
 from slimdiff.probes import flatten, nest
 
 
 @dataclass(frozen=True)
 class GroupCost:
-    """Cost of one group per channel of its inner width (heads * width, or hidden units).
+    """Cost of one group per channel of its inner width: heads * width.
 
     Attributes:
         params: parameters per inner channel.
-        fixed: parameters that stay whatever the width (the bias of the last linear).
+        fixed: parameters that stay whatever the width (the bias of the last layer).
         macs: multiply-accumulates per inner channel in one forward.
     """
 
@@ -116,25 +116,24 @@ def _count_rows(denoiser: nn.Module, group: Group, role: str, rows: dict[str, in
     path = group.paths[role]
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows[path] = rows.get(path, 0) + args[0].shape[:-1].numel()
+        x = args[0]
+        count = x[:, 0].numel() if x.ndim == 4 else x.shape[:-1].numel()
+        rows[path] = rows.get(path, 0) + count
 
-    return denoiser.get_submodule(path).register_forward_pre_hook(hook)
+    return layer_at(denoiser, path).register_forward_pre_hook(hook)
 
 
 def _group_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
-    linear = {role: linear_at(denoiser, path) for role, path in group.paths.items()}
-    tokens = {role: rows.get(path, 0) for role, path in group.paths.items()}
-    first = ("up",) if group.kind == "feed_forward" else ("q", "k", "v")
-    last = ("down",) if group.kind == "feed_forward" else ("out",)
+    inner = group.heads * group.width
     params = macs = fixed = 0
-    for role in (r for r in first if r in linear):
-        copies = 2 if group.gated else 1
-        params += copies * (linear[role].in_features + (linear[role].bias is not None))
-        macs += copies * linear[role].in_features * tokens[role]
-    for role in (r for r in last if r in linear):
-        params += linear[role].out_features
-        macs += linear[role].out_features * tokens[role]
-        fixed += linear[role].out_features * (linear[role].bias is not None)
+    for role, path in group.paths.items():
+        layer = layer_at(denoiser, path)
+        own = layer.weight.numel() // inner
+        biases = 0 if layer.bias is None else layer.bias.numel()
+        params += own + (biases // inner if role in INWARD else 0)
+        fixed += 0 if role in INWARD else biases
+        macs += 0 if role == "norm" else own * rows.get(path, 0)
+    tokens = {role: rows.get(path, 0) for role, path in group.paths.items()}
     return GroupCost(params, fixed, macs + _attention_macs(group, tokens))
 
 

@@ -17,7 +17,7 @@ from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve
 from slimdiff.statistics import Statistics
 
-VERSION = 1
+VERSION = 2
 
 
 class CurveFile:
@@ -50,7 +50,7 @@ class CurveFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError):
             return {}
-        return {name: _curve(name, gain, tensors) for name, gain in header["gains"].items()}
+        return {name: _curve(name, gains, tensors) for name, gains in header["gains"].items()}
 
     def save(self, curves: Mapping[str, ErrorCurve]) -> None:
         """Replace the file by these curves, atomically."""
@@ -61,7 +61,7 @@ class CurveFile:
             tensors[f"errors/{name}"] = curve.errors.contiguous()
             if curve.order is not None:
                 tensors[f"order/{name}"] = curve.order.cpu().to(torch.int32)
-        gains: dict[str, Any] = {name: curve.gain for name, curve in curves.items()}
+        gains: dict[str, Any] = {name: curve.gains for name, curve in curves.items()}
         header = {"slimdiff": json.dumps({"key": self.key, "gains": gains})}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -69,6 +69,9 @@ class CurveFile:
         partial.replace(self.path)
 
 
-def _curve(name: str, gain: float | None, tensors: Mapping[str, Tensor]) -> ErrorCurve:
+def _curve(
+    name: str, gains: Mapping[str, float] | None, tensors: Mapping[str, Tensor]
+) -> ErrorCurve:
     order = tensors.get(f"order/{name}")
-    return ErrorCurve(tensors[f"errors/{name}"], gain, None if order is None else order.long())
+    by_width = None if gains is None else {int(width): gain for width, gain in gains.items()}
+    return ErrorCurve(tensors[f"errors/{name}"], by_width, None if order is None else order.long())

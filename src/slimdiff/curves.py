@@ -2,7 +2,9 @@
 
 A decomposition predicts its own error at every width. Its *gain*, how much of that error reaches
 the denoiser's output, is measured with forward passes only: one weight of the group is swapped for
-the dense-size weight that behaves as the slim one, and the probes are run again.
+the dense-size weight that behaves as the slim one, and the probes are run again. The gain is not
+the same at all widths: it is measured at `PROBED_SHARES` of the dense width, and between them its
+logarithm is interpolated.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import Group, linear_at
+from slimdiff.groups import LAYERS, Group, layer_at
 from slimdiff.probing import Probed
 from slimdiff.recipes import Ordered, decompose_group
 from slimdiff.statistics import Statistics
@@ -25,6 +27,7 @@ from slimdiff.statistics import Statistics
 Progress = Callable[[str, int, int], None]
 
 SMALLEST_SHARE = 1e-4
+PROBED_SHARES = (0.5, 0.25)
 PROBE_BATCH = 8
 
 logger = logging.getLogger(__name__)
@@ -36,23 +39,41 @@ class ErrorCurve:
 
     Attributes:
         errors: (dense width + 1,) float64 on the CPU; squared error of the group's own output.
-        gain: relative squared error of the denoiser's output per unit of `errors`; None where it
-            was not measured.
-        order: hidden units, most useful first (feed-forward only); saves ordering them again.
+        gains: width -> relative squared error of the denoiser's output per unit of `errors`;
+            None where it was not measured.
+        order: hidden units or ResNet channels, most useful first; saves ordering them again.
     """
 
     errors: Tensor = field(repr=False)
-    gain: float | None = None
+    gains: Mapping[int, float] | None = None
     order: Tensor | None = field(default=None, repr=False)
 
     @property
     def ordered(self) -> Ordered | None:
-        """What spares a feed-forward group's decomposition the search for its order."""
+        """What spares a decomposition the search for the order of its units or channels."""
         return None if self.order is None else Ordered(self.order, self.errors)
+
+    @property
+    def gain(self) -> float | None:
+        """The gain at the widest of the widths where it was measured."""
+        return None if self.gains is None else self.gains[max(self.gains)]
 
     def at(self, width: int) -> float:
         """Predicted relative squared error of the denoiser's output at `width`."""
-        return float(self.errors[width]) * (1.0 if self.gain is None else self.gain)
+        return float(self.errors[width]) * self._gain_at(width)
+
+    def _gain_at(self, width: int) -> float:
+        """Interpolated in its logarithm; beyond the measured widths that of the nearest."""
+        if self.gains is None:
+            return 1.0
+        widths = sorted(self.gains)
+        width = min(max(width, widths[0]), widths[-1])
+        right = next(i for i, w in enumerate(widths) if w >= width)
+        if widths[right] == width:
+            return self.gains[width]
+        (a, b) = widths[right - 1], widths[right]
+        low, high = (max(self.gains[w], 1e-300) for w in (a, b))
+        return float(low * (high / low) ** ((width - a) / (b - a)))
 
 
 def error_curves(
@@ -81,7 +102,7 @@ def error_curves(
         )
     curves: dict[str, ErrorCurve] = dict(known or {})
     singular: list[str] = []
-    curved = [group for group in groups if group.kind == "feed_forward" or not recipe.heads]
+    curved = [group for group in groups if not (recipe.heads and LAYERS[group.kind] == "attention")]
     missing = [group for group in curved if group.name not in curves]
     probes = probes_of(denoiser, statistics) if probed and missing else None
     for done, group in enumerate(missing, start=1 + len(curved) - len(missing)):
@@ -89,9 +110,9 @@ def error_curves(
         assert isinstance(decomposition, Decomposition)
         if decomposition.singular:
             singular.append(group.name)
-        gain = None if probes is None else _gain(probes, group, decomposition)
-        order = getattr(decomposition, "order_f", None)
-        curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gain, order)
+        gains = None if probes is None else _gains(probes, group, decomposition)
+        order = getattr(decomposition, "order_f", getattr(decomposition, "order_c", None))
+        curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gains, order)
         if keep is not None:
             keep(curves)
         if progress is not None:
@@ -110,21 +131,28 @@ def probes_of(denoiser: nn.Module, statistics: Statistics) -> Probed:
     return Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
 
 
-def _gain(probes: Probed, group: Group, decomposition: Decomposition) -> float:
-    """Measured error of the output over the predicted error, at about half width.
+def _gains(probes: Probed, group: Group, decomposition: Decomposition) -> dict[int, float]:
+    """Measured error of the output over the predicted one, at some widths.
 
-    Where half width is predicted to lose (almost) nothing, a narrower one is measured.
+    Where a width is predicted to lose (almost) nothing, narrower ones are measured.
     """
     errors = decomposition.errors
     floor = SMALLEST_SHARE * float(errors[0])
-    width = max(1, group.width // 2)
-    while width > 1 and float(errors[width]) <= floor:
-        width //= 2
-    predicted = float(errors[width])
-    if predicted <= 0:
-        return 0.0
-    weights = effective_weights(probes.denoiser, group, decomposition.maps(width))
-    return probes.error(weights) / max(predicted, floor)
+    gains: dict[int, float] = {}
+    for share in PROBED_SHARES:
+        width = _multiple(group, int(share * group.width))
+        while width > group.step and float(errors[width]) <= floor:
+            width = _multiple(group, width // 2)
+        predicted = float(errors[width])
+        if width in gains or predicted <= 0:
+            continue
+        weights = effective_weights(probes.denoiser, group, decomposition.maps(width))
+        gains[width] = probes.error(weights) / max(predicted, floor)
+    return gains or {group.width: 0.0}
+
+
+def _multiple(group: Group, width: int) -> int:
+    return max(1, width // group.step) * group.step
 
 
 def effective_weights(
@@ -135,11 +163,12 @@ def effective_weights(
         "query_key": ("k", decompose.effective_key),
         "value_output": ("out", decompose.effective_output),
         "feed_forward": ("down", decompose.effective_down),
+        "resnet": ("conv2", decompose.effective_convolution),
     }[group.kind]
-    linear = linear_at(denoiser, group.paths[role])
-    swapped = {f"{group.paths[role]}.weight": effective(linear.weight.detach(), maps)}
-    if role == "k" and linear.bias is not None:
-        swapped[f"{group.paths[role]}.bias"] = effective(linear.bias.detach(), maps)
+    layer = layer_at(denoiser, group.paths[role])
+    swapped = {f"{group.paths[role]}.weight": effective(layer.weight.detach(), maps)}
+    if role == "k" and layer.bias is not None:
+        swapped[f"{group.paths[role]}.bias"] = effective(layer.bias.detach(), maps)
     return swapped
 
 

@@ -173,6 +173,9 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
         if entry.kind == "feed_forward":
             shapes = [s for p, s in slim["linears"].items() if p.startswith(f"{name}.")]
             fits = any(entry.width in s for s in shapes) if shapes else entry.is_full
+        elif entry.kind == "resnet":
+            norms = [s for p, s in slim.get("norms", {}).items() if p.startswith(f"{name}.")]
+            fits = any(entry.width in s for s in norms) if norms else entry.is_full
         else:
             layer, half = name.rsplit(".", 1)
             sizes = slim["attentions"].get(layer)

@@ -11,19 +11,21 @@ from typing import Any
 from torch import nn
 
 from slimdiff import costs as costs_
+from slimdiff.budget import Budget
+from slimdiff.bundles import Allocation
 from slimdiff.calibrate import calibrate
-from slimdiff.config import Budget, CalibrationConfig, recipe_named
-from slimdiff.curve_file import CurveFile
-from slimdiff.curves import ErrorCurve, error_curves, probes_of
+from slimdiff.config import CalibrationConfig, recipe_named
+from slimdiff.curves import ErrorCurve, probes_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
-from slimdiff.planning import Allocation, check_budget, counted, make_plan
+from slimdiff.planning import check_budget, counted, refuse_unfit
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
+from slimdiff.widths import allocate, measure_curves
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,6 +43,7 @@ def compress(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    layers: Sequence[str] | None = None,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
@@ -54,7 +57,7 @@ def compress(
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
         budget: what the whole denoiser may hold afterwards; not with `plan`.
         plan: widths to use instead of allocating them.
-        recipe, allocation, tied, multiple, temperature: see `allocate`.
+        recipe, allocation, tied, multiple, temperature, layers: see `allocate`.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
         results: file to write what was done to, for `slimdiff report`; with it, images of the first
@@ -68,7 +71,7 @@ def compress(
     """
     denoiser = denoiser_of(pipe)[1]
     config = config or CalibrationConfig()
-    how: dict[str, Any] = {"recipe": recipe, "allocation": allocation}
+    how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     _refuse_impossible(pipe, config, budget, plan, how | finer)
     journal = Journal(pipe, list(prompts), config, results, pictures if results else 0)
@@ -76,14 +79,14 @@ def compress(
     with journal.timed("calibrate"):
         statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
     curves: dict[str, ErrorCurve] = {}
-    if plan is None:
-        assert budget is not None
+    kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
+    if budget is not None:
         with journal.timed("allocate"):
-            curves = measure_curves(
-                denoiser, statistics, **how, folder=checkpoint, progress=progress
-            )
-            plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
+            curves = measure_curves(denoiser, statistics, **how, **kept)
+            more = how | finer | kept | {"curves": curves}
+            plan = allocate(denoiser, statistics, budget, **more)
     else:
+        assert plan is not None
         plan = _given(denoiser, statistics, plan)
     _finish(journal, statistics, plan, curves, progress)
     return plan
@@ -130,86 +133,16 @@ def _refuse_impossible(
     refuse_slim(denoiser)
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
-    groups, recipe = groups_of(denoiser), recipe_named(how["recipe"])
+    recipe = recipe_named(how["recipe"])
+    groups = groups_of(denoiser, how["layers"] or recipe.layers)
     if plan is not None:
-        plan.check(groups)
+        plan.check(groups_of(denoiser))
     if budget is not None:
         name = how["allocation"] or recipe.allocation
         settings = Allocation(name, how["tied"], how["multiple"], how["temperature"])
         call = one_row_of(first_call(pipe, **config.sampling))
         costs = costs_.measure(denoiser, groups, call)
-        check_budget(groups, costs, budget, recipe, settings)
-
-
-def measure_curves(
-    denoiser: nn.Module,
-    statistics: Statistics,
-    recipe: str = "slimdiff",
-    allocation: str | None = None,
-    *,
-    folder: str | Path | None = None,
-    progress: Progress | None = None,
-) -> dict[str, ErrorCurve]:
-    """Error curves of all groups, with gains if the allocation needs them.
-
-    They do not depend on the budget: several plans can be made from the same curves. With `folder`
-    they are kept there, and not measured again.
-    """
-    chosen = recipe_named(recipe)
-    probed = (allocation or chosen.allocation) == "probed"
-    kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
-    return error_curves(
-        denoiser,
-        groups_of(denoiser),
-        statistics,
-        chosen,
-        probed=probed,
-        known=kept.load() if kept else None,
-        keep=kept.save if kept else None,
-        progress=progress,
-    )
-
-
-def allocate(
-    denoiser: nn.Module,
-    statistics: Statistics,
-    budget: Budget,
-    *,
-    recipe: str = "slimdiff",
-    allocation: str | None = None,
-    tied: bool = True,
-    multiple: int = 8,
-    temperature: float = 0.3,
-    curves: Mapping[str, ErrorCurve] | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """A width for every group under `budget`; the denoiser is not changed.
-
-    Args:
-        denoiser: dense, of a known family.
-        statistics: recorded from it.
-        budget: what the whole denoiser may hold; never exceeded, met within one width step.
-        recipe: `slimdiff`, `paper` or `magnitude`: how groups are decomposed.
-        allocation: `probed`, `entropic`, `uniform` or `threshold`; by default the recipe's own.
-        tied: the two halves of an attention layer share one width, which keeps the stock
-            attention processors; untied layers use slimdiff's own processor.
-        multiple: widths are multiples of this where the layer allows it.
-        temperature: of the entropic allocation.
-        curves: from `measure_curves`; measured here if not given.
-        progress: called with (stage, groups done, groups in all).
-
-    Raises:
-        SlimdiffError: an impossible budget (says the smallest possible), statistics of another
-            model, an unknown recipe or allocation.
-    """
-    refuse_slim(denoiser)
-    chosen = recipe_named(recipe)
-    if curves is None:
-        curves = measure_curves(denoiser, statistics, recipe, allocation, progress=progress)
-    groups = groups_of(denoiser)
-    probe = statistics.probes.batches(1)
-    inputs = probe[0] if probe else costs_.example_inputs(denoiser)
-    costs = costs_.measure(denoiser, groups, inputs)
-    settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
-    name = type(denoiser).__name__
-    return make_plan(name, groups, costs, curves, statistics, budget, chosen, settings)
+        refuse_unfit(budget, recipe, settings)
+        if budget.metric != "latency" and budget.largest_error is None:
+            bytes_each = next(denoiser.parameters()).element_size()
+            check_budget(groups, costs, budget.in_parameters(bytes_each), recipe, settings)

@@ -22,9 +22,9 @@ class Entry:
 
     Attributes:
         kind: the group's kind, for the reader.
-        width: channels per head, or hidden units, that stay.
+        width: channels per head, hidden units, or ResNet channels, that stay.
         dense_width: how many there were.
-        heads: attention heads that stay (1 for feed-forward).
+        heads: attention heads that stay (1 for the others).
         dense_heads: how many there were.
     """
 
@@ -139,9 +139,11 @@ def _check_entry(group: Group, entry: Entry) -> None:
         ("width", entry.width, group.width),
         ("heads", entry.heads, group.heads),
     ):
-        if not isinstance(value, int) or not 1 <= value <= largest:
+        step = group.step if what == "width" else 1
+        if not isinstance(value, int) or not 1 <= value <= largest or value % step:
+            multiple = f"a multiple of {step}" if step > 1 else "an integer"
             raise SlimdiffError(
-                f"{group.name}: {what} is {value!r}, expected an integer from 1 to {largest}"
+                f"{group.name}: {what} is {value!r}, expected {multiple} from {step} to {largest}"
             )
 
 

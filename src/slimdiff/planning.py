@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from slimdiff import allocate
-from slimdiff.config import Budget, Recipe
+from slimdiff.budget import Budget
+from slimdiff.bundles import Allocation, Bundle, bundles_of
+from slimdiff.config import Recipe
 from slimdiff.costs import Costs
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.plan import Entry, Plan
+from slimdiff.profile import Profile
 from slimdiff.recipes import importances
 from slimdiff.statistics import Statistics
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """How widths are chosen: the allocator, tying, the multiple and the entropic temperature."""
-
-    name: str
-    tied: bool = True
-    multiple: int = 8
-    temperature: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.name not in ("probed", "entropic", "uniform", "threshold"):
-            raise SlimdiffError(
-                f"unknown allocation {self.name!r}; known: probed, entropic, uniform, threshold"
-            )
-        if self.multiple < 1:
-            raise SlimdiffError(f"multiple must be at least 1, got {self.multiple}")
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """Groups that share one size, with what a size means for them."""
-
-    groups: tuple[Group, ...]
-    by_heads: bool
-    sizes: list[int]
-
-    def inner(self, group: Group, size: int) -> int:
-        return size * (group.width if self.by_heads else group.heads)
-
-    def entry(self, group: Group, size: int) -> Entry:
-        width, heads = (group.width, size) if self.by_heads else (size, group.heads)
-        return Entry(group.kind, width, group.width, heads, group.heads)
 
 
 def make_plan(
@@ -61,21 +29,39 @@ def make_plan(
     budget: Budget,
     recipe: Recipe,
     allocation: Allocation,
+    *,
+    profile: Profile | None = None,
+    limit: int | None = None,
+    largest_error: float | None = None,
 ) -> Plan:
     """The plan that meets the budget.
+
+    Args:
+        denoiser, groups, costs, curves, statistics, budget, recipe, allocation: what it is of.
+        profile: times of the layers, where the budget is a time.
+        limit: what may stay, instead of the budget's own limit.
+        largest_error: predicted error that may not be exceeded, instead of a limit.
 
     Raises:
         SlimdiffError: the budget is below what the smallest widths need, or the recipe and the
             allocation do not go together.
     """
-    bundles = _bundles(groups, recipe, allocation)
-    units = [_unit(bundle, costs, curves, statistics, budget, allocation) for bundle in bundles]
-    limit = check_budget(groups, costs, budget, recipe, allocation)
-    fixed = costs.total(budget.metric) - sum(unit.costs[-1] for unit in units)
-    sizes = [
-        unit.sizes[index]
-        for unit, index in zip(units, _solve(units, limit - fixed, allocation), strict=True)
+    bundles = bundles_of(groups, recipe, allocation)
+    if limit is None and largest_error is None:
+        limit = check_budget(groups, costs, budget, recipe, allocation)
+    prices = [_prices(bundle, costs, budget.metric, profile) for bundle in bundles]
+    units = [
+        _unit(bundle, price, curves, statistics, allocation)
+        for bundle, price in zip(bundles, prices, strict=True)
     ]
+    total = costs.total(budget.metric) if profile is None else profile.dense_nanoseconds
+    if limit is None:
+        assert largest_error is not None
+        chosen = allocate.within_error(units, largest_error)
+    else:
+        fixed = total - sum(unit.costs[-1] for unit in units)
+        chosen = _solve(units, limit - fixed, allocation)
+    sizes = [unit.sizes[index] for unit, index in zip(units, chosen, strict=True)]
     entries = {
         group.name: bundle.entry(group, size)
         for bundle, size in zip(bundles, sizes, strict=True)
@@ -89,23 +75,50 @@ def make_plan(
     return Plan(denoiser, recipe.name, entries, allocation.name, budget.describe(), figures)
 
 
-def check_budget(
-    groups: Sequence[Group], costs: Costs, budget: Budget, recipe: Recipe, allocation: Allocation
-) -> int:
-    """The count that may stay, if that is possible; nothing needs to be measured for it.
+def refuse_unfit(budget: Budget, recipe: Recipe, allocation: Allocation) -> None:
+    """Refuse settings that do not go together.
 
     Raises:
-        SlimdiffError: the budget is below the smallest possible, or the recipe and the allocation
-            do not go together.
+        SlimdiffError: names them, and what goes.
     """
     if recipe.heads and allocation.name == "probed":
         raise SlimdiffError(
             f"recipe {recipe.name} removes whole heads, which have no error curve to probe; "
             f"choose the allocation threshold, uniform or entropic"
         )
+    if budget.metric == "latency" and (recipe.heads or not allocation.tied):
+        raise SlimdiffError(
+            f"{budget.describe()}: layers are timed at tied widths; choose another recipe than "
+            f"magnitude, and leave --untied out"
+        )
+    if budget.largest_error is not None and allocation.name != "probed":
+        raise SlimdiffError(
+            f"{budget.describe()} needs predicted errors; choose the allocation probed"
+        )
+
+
+def least_nanoseconds(
+    groups: Sequence[Group], recipe: Recipe, allocation: Allocation, profile: Profile
+) -> int:
+    """What a call takes at the smallest widths, by the profile."""
+    saved = 0
+    for bundle in bundles_of(groups, recipe, allocation):
+        times = profile.nanoseconds(bundle.groups[0].layer, bundle.sizes)
+        saved += times[-1] - times[0]
+    return profile.dense_nanoseconds - saved
+
+
+def check_budget(
+    groups: Sequence[Group], costs: Costs, budget: Budget, recipe: Recipe, allocation: Allocation
+) -> int:
+    """The count that may stay, if that is possible; nothing needs to be measured for it.
+
+    Raises:
+        SlimdiffError: the budget is below the smallest possible.
+    """
     metric, total = budget.metric, costs.total(budget.metric)
     limit, smallest = budget.limit(total), total
-    for bundle in _bundles(groups, recipe, allocation):
+    for bundle in bundles_of(groups, recipe, allocation):
         spare = bundle.sizes[-1] - bundle.sizes[0]
         smallest -= sum(
             costs.groups[group.name].of(metric, bundle.inner(group, spare))
@@ -126,36 +139,28 @@ def _advice(budget: Budget, removable: int) -> str:
     return "ask for at least that"
 
 
-def _bundles(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[_Bundle]:
-    together: dict[str, list[Group]] = {}
-    for group in groups:
-        tied = allocation.tied or recipe.heads
-        together.setdefault(group.layer if tied else group.name, []).append(group)
-    bundles = []
-    for members in together.values():
-        by_heads = recipe.heads and members[0].kind != "feed_forward"
-        dense = members[0].heads if by_heads else members[0].width
-        sizes = allocate.allowed_sizes(dense, 1 if by_heads else allocation.multiple)
-        bundles.append(_Bundle(tuple(members), by_heads, sizes))
-    return bundles
+def _prices(bundle: Bundle, costs: Costs, metric: str, profile: Profile | None) -> list[int]:
+    """What each size costs: a count, or nanoseconds."""
+    if profile is not None:
+        return profile.nanoseconds(bundle.groups[0].layer, bundle.sizes)
+    return [
+        sum(costs.groups[g.name].of(metric, bundle.inner(g, size)) for g in bundle.groups)
+        for size in bundle.sizes
+    ]
 
 
 def _unit(
-    bundle: _Bundle,
-    costs: Costs,
+    bundle: Bundle,
+    prices: list[int],
     curves: Mapping[str, ErrorCurve],
     statistics: Statistics,
-    budget: Budget,
     allocation: Allocation,
 ) -> allocate.Unit:
     groups = bundle.groups
     return allocate.Unit(
         name=groups[0].layer,
         sizes=bundle.sizes,
-        costs=[
-            sum(costs.groups[g.name].of(budget.metric, bundle.inner(g, size)) for g in groups)
-            for size in bundle.sizes
-        ],
+        costs=prices,
         errors=[sum(curves[g.name].at(size) for g in groups) for size in bundle.sizes]
         if allocation.name == "probed"
         else (),

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition, HeadSelection
-from slimdiff.groups import Group, linear_at
+from slimdiff.groups import Group, layer_at
 from slimdiff.statistics import Statistics
 
 
 class Ordered(NamedTuple):
-    """Hidden units (f,), most useful first, and the error at every width (f + 1,)."""
+    """Units or channels (f,), most useful first, and the error at every width (f + 1,)."""
 
     order_f: Tensor
     errors: Tensor
@@ -100,6 +100,21 @@ def _feed_forward(
     )
 
 
+def _resnet(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, known: Ordered | None
+) -> Decomposition | HeadSelection:
+    conv2, lags = layer_at(denoiser, group.paths["conv2"]), f"{group.layer}/lags"
+    weight, moment = conv2.weight.detach(), statistics.mean(lags)
+    if known is not None:
+        order, errors = known.order_f, known.errors.to(moment.device)
+        return decompose.ResNetChannels(
+            errors, 0, order, moment, weight, recipe.refit, decompose.LAG_DAMPING
+        )
+    return decompose.resnet_channels(
+        weight, moment, group.width // group.step, order=recipe.units, refit=recipe.refit
+    )
+
+
 def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> None:
     """Refuse statistics that lack what the recipe needs for this group.
 
@@ -108,7 +123,9 @@ def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> No
     """
     inner, per_head = group.heads * group.width, (group.heads, group.width, group.width)
     needed: dict[str, tuple[int, ...]]
-    if group.kind == "feed_forward":
+    if group.kind == "resnet":
+        needed = {"lags": (len(decompose.LAGS), inner, inner)}
+    elif group.kind == "feed_forward":
         needed = {"h": (inner, inner), "h_magnitude": (inner,)}
     elif recipe.heads:
         needed = {"z_magnitude": (inner,)}
@@ -125,15 +142,19 @@ DECOMPOSERS: dict[str, Callable[..., Decomposition | HeadSelection]] = {
     "query_key": _query_key,
     "value_output": _value_output,
     "feed_forward": _feed_forward,
+    "resnet": _resnet,
 }
 
 
 def importances(group: Group, statistics: Statistics) -> Tensor:
     """Mean |activation| of every head or hidden unit, relative to the layer's largest.
 
-    Shape (heads,) for attention, (units,) for feed-forward; float64.
+    Shape (heads,) for attention, (units,) for feed-forward, (norm groups,) for a ResNet; float64.
     """
-    if group.kind == "feed_forward":
+    if group.kind == "resnet":
+        energy_c = statistics.mean(f"{group.layer}/lags")[0].diagonal()
+        magnitude = energy_c.view(-1, group.step).mean(1).sqrt()
+    elif group.kind == "feed_forward":
         magnitude = statistics.mean(f"{group.layer}/h_magnitude")
     else:
         magnitude = _head_magnitudes(group, statistics)
@@ -157,4 +178,4 @@ def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
 
 
 def _weight(denoiser: nn.Module, path: str) -> Tensor:
-    return linear_at(denoiser, path).weight.detach().double()
+    return layer_at(denoiser, path).weight.detach().double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.groups import Group, linear_at
+from slimdiff.groups import LAYERS, Group, layer_at
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
+from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -61,10 +61,11 @@ def rewrite(
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
         _put(denoiser, _slim_weights(denoiser, group, plan.entries[group.name], own))
+        own.pop("weight", None)  # a ResNet's new kernel is no map: it is the weight itself
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
             progress("rewrite", done, len(changed))
-    become_slim_(denoiser, slim_config(denoiser, groups, plan))
+    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]
     return denoiser
 
@@ -82,31 +83,14 @@ def refuse_slim(denoiser: nn.Module) -> None:
         )
 
 
-def slim_config(denoiser: nn.Module, groups: list[Group], plan: Plan) -> dict[str, Any]:
-    """The narrow shapes that the denoiser's config carries, so that it can be built again."""
-    changed = plan.changed(groups)
-    linears = {
-        path: list(_parameters(denoiser, path)[0].shape[::-1])
-        for group in changed
-        for path in group.paths.values()
-    }
-    touched = {group.layer for group in changed if group.kind != "feed_forward"}
-    attentions: dict[str, dict[str, int]] = {}
-    for group in (group for group in groups if group.layer in touched):
-        entry = plan.entries.get(group.name)
-        width, heads = (group.width, group.heads) if entry is None else (entry.width, entry.heads)
-        half = "qk" if group.kind == "query_key" else "vo"
-        attentions.setdefault(group.layer, {}).update({"heads": heads, half: width})
-    return {"version": 1, "linears": linears, "attentions": attentions}
-
-
 def _maps(
     denoiser: nn.Module, group: Group, statistics: Statistics, plan: Plan, ordered: Ordered | None
 ) -> dict[str, Tensor]:
     entry = plan.entries[group.name]
     recipe = recipe_named(plan.recipe)
     decomposition = decompose_group(denoiser, group, statistics, recipe, ordered)
-    size = entry.heads if recipe.heads and group.kind != "feed_forward" else entry.width
+    by_heads = recipe.heads and LAYERS[group.kind] == "attention"
+    size = entry.heads if by_heads else entry.width
     return decomposition.maps(size)
 
 
@@ -114,7 +98,9 @@ def _slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
     linears = {role: _parameters(denoiser, path) for role, path in group.paths.items()}
-    if "heads" in maps:
+    if group.kind == "resnet":
+        slim = _resnet(linears, group, maps)
+    elif "heads" in maps:
         slim = {role: _kept_heads(role, *linears[role], maps["heads"], group) for role in linears}
     elif group.kind == "feed_forward":
         slim = _feed_forward(linears, group, maps)
@@ -171,20 +157,38 @@ def _feed_forward(linears: Weights, group: Group, maps: Mapping[str, Tensor]) ->
     }
 
 
+def _resnet(layers: Weights, group: Group, maps: Mapping[str, Tensor]) -> Weights:
+    """Kept channels of all that makes the inner map, and the second convolution's new kernel."""
+    channels = maps["channels"]
+    slim: Weights = {"conv2": (maps["weight"], layers["conv2"][1])}
+    for role in (role for role in layers if role != "conv2"):
+        weight, bias = layers[role]
+        twice = role == "time" and group.gated
+        rows = torch.cat([channels, channels + group.width]) if twice else channels
+        slim[role] = weight[rows], None if bias is None else bias[rows]
+    return slim
+
+
 def _parameters(denoiser: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    linear = linear_at(denoiser, path)
-    bias = None if linear.bias is None else linear.bias.detach().double()
-    return linear.weight.detach().double(), bias
+    layer = layer_at(denoiser, path)
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return layer.weight.detach().double(), bias
 
 
 def _put(denoiser: nn.Module, weights: Weights) -> None:
     for path, (weight, bias) in weights.items():
-        linear = linear_at(denoiser, path)
-        dense = linear.weight
-        linear.out_features, linear.in_features = weight.shape
-        linear.weight = _parameter(weight, dense)
+        layer = layer_at(denoiser, path)
+        dense = layer.weight
+        if isinstance(layer, nn.GroupNorm):
+            layer.num_groups = layer.num_groups * len(weight) // layer.num_channels
+            layer.num_channels = len(weight)
+        elif isinstance(layer, nn.Conv2d):
+            layer.out_channels, layer.in_channels = weight.shape[:2]
+        else:
+            layer.out_features, layer.in_features = weight.shape
+        layer.weight = _parameter(weight, dense)
         if bias is not None:
-            linear.bias = _parameter(bias, dense)
+            layer.bias = _parameter(bias, dense)
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -14,7 +14,7 @@ from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
-from slimdiff.groups import Group
+from slimdiff.groups import INWARD, Group
 from slimdiff.prompts import Selection, select
 
 Progress = Callable[[str, int, int], None]
@@ -125,7 +125,8 @@ def _sketched(
         calls = iter(range(10**9))
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            mean_bi = args[0].flatten(1, -2).double().mean(1).cpu()
+            x = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
+            mean_bi = x.flatten(1, -2).double().mean(1).cpu()
             mean_bi = mean_bi / mean_bi.norm(dim=1, keepdim=True).clamp_min(1e-12)
             sums.append(sketch(mean_bi, features, f"{seed}/{name}/{next(calls)}"))
 
@@ -133,7 +134,9 @@ def _sketched(
 
     handles = []
     for group in groups:
-        last = denoiser.get_submodule(list(group.paths.values())[-1])
+        paths = list(group.paths.values())
+        inner = [path for role, path in group.paths.items() if role not in INWARD]
+        last = denoiser.get_submodule((inner or paths)[-1])
         handles.append(last.register_forward_pre_hook(hook_for(group.name)))
     try:
         yield sums

@@ -7,9 +7,12 @@ that config.json holds under "slimdiff":
 
     {"version": 1,
      "linears": {"<path of a linear>": [in_features, out_features]},
+     "convolutions": {"<path of a convolution>": [in_channels, out_channels]},
+     "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
 
-qk and vo are channels per head of queries and keys, and of values.
+qk and vo are channels per head of queries and keys, and of values. `convolutions` and `norms` may
+be left out.
 """
 
 from __future__ import annotations
@@ -82,6 +85,10 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
     check_slim(slim, type(model).__name__)
     for path, (inputs, outputs) in slim["linears"].items():
         _resize(_layer(model, path, nn.Linear), inputs, outputs)
+    for path, (inputs, outputs) in slim.get("convolutions", {}).items():
+        _resize_convolution(_layer(model, path, nn.Conv2d), inputs, outputs)
+    for path, (groups, channels) in slim.get("norms", {}).items():
+        _resize_norm(_layer(model, path, nn.GroupNorm), groups, channels)
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
     return model
@@ -104,8 +111,8 @@ def become_slim_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
         )
     slim = json.loads(json.dumps(slim))
     check_slim(slim, type(model).__name__)
-    for path, (inputs, outputs) in slim["linears"].items():
-        shape = tuple(_layer(model, path, nn.Linear).weight.shape)
+    for path, (inputs, outputs) in (slim["linears"] | slim.get("convolutions", {})).items():
+        shape = tuple(_layer(model, path, (nn.Linear, nn.Conv2d)).weight.shape[:2])
         if shape != (outputs, inputs):
             raise SlimConfigError(
                 f"{path}: weight is {shape}, expected {(outputs, inputs)}; put the narrow weights "
@@ -117,14 +124,15 @@ def become_slim_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _layer(model: nn.Module, path: str, kind: type) -> Any:
+def _layer(model: nn.Module, path: str, kind: type | tuple[type, ...]) -> Any:
     try:
         layer = model.get_submodule(path)
     except AttributeError:
         layer = None
     if not isinstance(layer, kind):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise SlimConfigError(
-            f"{path}: {type(model).__name__} has no such {kind.__name__}; the slim config belongs "
+            f"{path}: {type(model).__name__} has no such {names}; the slim config belongs "
             f"to another model"
         )
     return layer
@@ -138,6 +146,25 @@ def _resize(linear: nn.Linear, inputs: int, outputs: int) -> None:
     if linear.bias is not None:
         linear.bias = _empty_like(linear.bias, (outputs,))
     linear.reset_parameters()
+
+
+def _resize_convolution(conv: nn.Conv2d, inputs: int, outputs: int) -> None:
+    if conv.weight.shape[:2] == (outputs, inputs):
+        return
+    conv.in_channels, conv.out_channels = inputs, outputs
+    conv.weight = _empty_like(conv.weight, (outputs, inputs, *conv.kernel_size))
+    if conv.bias is not None:
+        conv.bias = _empty_like(conv.bias, (outputs,))
+    conv.reset_parameters()
+
+
+def _resize_norm(norm: nn.GroupNorm, groups: int, channels: int) -> None:
+    norm.num_groups = groups
+    if norm.num_channels == channels:
+        return
+    norm.num_channels = channels
+    norm.weight, norm.bias = (_empty_like(p, (channels,)) for p in (norm.weight, norm.bias))
+    norm.reset_parameters()
 
 
 def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

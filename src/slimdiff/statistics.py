@@ -34,7 +34,8 @@ class Statistics:
     A sum is named `<layer path>/<what>` and has a weight of its own, so that a mean is one
     division. `what` is, for an attention layer with h heads of width e and d = h e:
     `q`, `k`, `k_centred`, `v` (h, e, e), `z` (d, d), `z_magnitude` (d,); for a feed-forward layer
-    of f hidden units: `h` (f, f), `h_magnitude` (f,); for a block: `influence` (1,).
+    of f hidden units: `h` (f, f), `h_magnitude` (f,); for a ResNet of c inner channels: `lags`
+    (13, c, c), autocovariances of the second convolution's input; for a block: `influence` (1,).
 
     Attributes:
         denoiser: class name of the denoiser.
@@ -80,6 +81,14 @@ class Statistics:
             x_hne = x_hne.float()
             total_hee.add_((x_hne.mT @ x_hne).to(dtype), alpha=weight)
         self.weights[name] = self.weights.get(name, 0.0) + weight * rows
+
+    def add_product(self, name: str, index: int, a_nc: Tensor, b_nc: Tensor, factor: float) -> None:
+        """Add `factor` times a^T b, (c, c), to matrix `index` of what `name` holds.
+
+        The product is of the dtype of a and b: in float32 its relative rounding is at most
+        n * 6e-8.
+        """
+        self.sums[name][index].add_((a_nc.mT @ b_nc).to(self.sums[name].dtype), alpha=factor)
 
     def mean(self, name: str) -> Tensor:
         """The mean of `name` in float64.

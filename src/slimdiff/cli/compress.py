@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from slimdiff.budget import Budget
 from slimdiff.cli import console, models, options, outcome
-from slimdiff.config import Budget, CalibrationConfig, recipe_named
+from slimdiff.config import CalibrationConfig, recipe_named
 from slimdiff.denoiser import NAMES
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
 PLAN_FILE = "slimdiff.json"
 DEFAULT_SHARE = "0.9"
-
-
-def _budget(help: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel="Budget (one of them)")
 
 
 def _recipe(help: str, *flags: str) -> Any:
@@ -33,16 +31,8 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Folder of the slim pipeline.", show_default="MODEL-slim"),
 ]
-Params = Annotated[
-    str | None,
-    _budget("Parameters that stay: a share (0.8) or a count (700M). 0.9 if no budget.", "--params"),
-]
-Macs = Annotated[
-    str | None, _budget("Multiply-accumulates of one forward that stay: 0.7 or 300G.", "--macs")
-]
-Remove = Annotated[str | None, _budget("Parameters that go: 0.2 or 100M.", "--remove")]
 PlanFile = Annotated[
-    Path | None, _budget("Plan file with the widths to use, instead of a budget.", "--plan")
+    Path | None, options.budget("Plan file with the widths to use, instead of a budget.", "--plan")
 ]
 RecipeName = Annotated[
     str,
@@ -67,6 +57,14 @@ Untied = Annotated[
         "Let query-key and value-output widths of an attention layer differ: a little less error, "
         "but an attention processor of slimdiff's own.",
         "--untied",
+    ),
+]
+Layers = Annotated[
+    str | None,
+    _recipe(
+        "What may shrink, separated by commas: attention, feed_forward, resnet. Default: the "
+        "recipe's own (slimdiff: all).",
+        "--layers",
     ),
 ]
 Multiple = Annotated[int, _recipe("Widths are multiples of this where they can be.", "--multiple")]
@@ -103,8 +101,8 @@ Pictures = Annotated[
 HELP = """Make a pipeline smaller, without training, and save it as a folder that diffusers loads.
 
 The prompts run through the pipeline as you would sample it, while second moments of activations are
-recorded. Every attention and feed-forward layer gets a width under the budget, and its smaller
-weights follow in closed form.
+recorded. Every attention, feed-forward and ResNet layer gets a width under the budget, and its
+smaller weights follow in closed form.
 
 A run that was interrupted goes on from its last finished batch when the same command is given
 again. Another budget or recipe reuses the recorded statistics, if prompts and sampling (batch size
@@ -117,6 +115,8 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress`
 - `slimdiff compress ./stable-diffusion-v1-5 --prompts captions.txt --remove 100M`
 - `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
+- `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
+- `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
 """
@@ -126,15 +126,20 @@ def compress(
     model: options.Model = None,
     out: Out = None,
     prompts: options.Prompts = None,
-    params: Params = None,
-    macs: Macs = None,
-    remove: Remove = None,
+    params: options.Params = None,
+    macs: options.Macs = None,
+    remove: options.Remove = None,
+    memory: options.Memory = None,
+    speedup: options.Speedup = None,
+    latency: options.Latency = None,
+    quality: options.Quality = None,
     plan: PlanFile = None,
     recipe: RecipeName = "slimdiff",
     allocation: AllocationName = None,
     temperature: Temperature = 0.3,
     untied: Untied = False,
     multiple: Multiple = 8,
+    layers: Layers = None,
     num_prompts: NumPrompts = 128,
     timestep_weights: Weights = "uniform",
     num_probes: NumProbes = 16,
@@ -153,9 +158,10 @@ def compress(
 ) -> None:
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
-    out = Path(f"{where.name}-slim") if out is None else out
+    out = out or Path(f"{where.name}-slim")
     _refuse_unusable(where, out)
-    job = _how(plan, (params, macs, remove), recipe, allocation, untied, multiple, temperature)
+    budgets = (params, macs, remove, memory, speedup, latency, quality)
+    job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature)
     config = CalibrationConfig(
         num_inference_steps=steps,
         guidance_scale=where.guidance if guidance is None else guidance,
@@ -164,28 +170,30 @@ def compress(
         height=height,
         width=width,
         num_probes=num_probes,
-        timestep_weights=timestep_weights,  # type: ignore[arg-type]
+        timestep_weights=timestep_weights,  # type: ignore[arg-type]  # refused if unknown
     )
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
-    pipe = models.load(where, dtype, device, variant)
-    stored = models.stored_dtypes(where, pipe, variant) if dtype == "auto" else {}
-    from slimdiff import pipeline
-
     if report:
         job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    with console.Bars() as bars:
-        job |= {"config": config, "checkpoint": checkpoint, "progress": bars}
-        done = pipeline.compress(pipe, texts, **job)
+    pipe = models.load(where, dtype, device, variant)
+    stored = models.stored_dtypes(where, pipe, variant) if dtype == "auto" else {}
+    done = _run(pipe, texts, job | {"config": config, "checkpoint": checkpoint})
     _save(pipe, out, stored, variant)
-    outcome.show(done, out, checkpoint)
-    if report:
-        outcome.write_page(where.name, out)
+    outcome.show(done, out, checkpoint, where.name if report else None)
+
+
+def _run(pipe: Any, texts: list[str], job: dict[str, Any]) -> Plan:
+    from slimdiff import pipeline
+
+    with console.Bars() as bars:
+        return pipeline.compress(pipe, texts, **job, progress=bars)
 
 
 def _how(
     plan: Path | None,
-    budgets: tuple[str | None, str | None, str | None],
+    budgets: tuple[str | None, ...],
+    layers: str | None,
     recipe: str,
     allocation: str | None,
     untied: bool,
@@ -193,12 +201,12 @@ def _how(
     temperature: float,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
-    from slimdiff.planning import Allocation
+    from slimdiff.bundles import Allocation
 
     chosen = Allocation(
         allocation or recipe_named(recipe).allocation, not untied, multiple, temperature
     )
-    given = dict(zip(("params", "macs", "remove"), budgets, strict=True))
+    given = dict(zip((field.name for field in fields(Budget)), budgets, strict=True))
     if plan is not None and any(given.values()):
         raise SlimdiffError("--plan has widths already: give either --plan or a budget")
     if not any(given.values()):
@@ -211,6 +219,7 @@ def _how(
         "tied": chosen.tied,
         "multiple": chosen.multiple,
         "temperature": chosen.temperature,
+        "layers": [name.strip() for name in layers.split(",")] if layers else None,
     }
 
 

@@ -22,6 +22,34 @@ def _loading(help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel="Loading")
 
 
+def budget(help: str, *flags: str) -> Any:
+    """An option of the panel of budgets."""
+    return typer.Option(*flags, help=help, rich_help_panel="Budget (one of them)")
+
+
+Params = Annotated[
+    str | None,
+    budget("Parameters that stay: a share (0.8) or a count (700M). 0.9 if no budget.", "--params"),
+]
+Macs = Annotated[
+    str | None, budget("Multiply-accumulates of one forward that stay: 0.7 or 300G.", "--macs")
+]
+Remove = Annotated[str | None, budget("Parameters that go: 0.2 or 100M.", "--remove")]
+Memory = Annotated[
+    str | None, budget("Bytes of the denoiser's weights that stay: 1.2GB.", "--memory")
+]
+Speedup = Annotated[
+    str | None,
+    budget("Times faster that one denoiser call is to be, measured on this machine.", "--speedup"),
+]
+Latency = Annotated[
+    str | None, budget("What one denoiser call may take on this machine: 400ms.", "--latency")
+]
+Quality = Annotated[
+    str | None,
+    budget("Largest velocity error on the probes; as few MACs as it allows: 1e-3.", "--quality"),
+]
+
 Model = Annotated[
     str | None,
     typer.Argument(

@@ -33,14 +33,19 @@ def write_page(dense: str, out: Path) -> None:
         console.out().print(f"\n{page}: what was done, with pictures", soft_wrap=True)
 
 
-def show(plan: Plan, out: Path, checkpoint: Path) -> None:
-    """A table of what was done, and how to use it."""
+def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
+    """A table of what was done, how to use it, and a page of it if its `model` is named."""
     figures = plan.figures
     shown = console.table(f"{out}: {plan.recipe}, {plan.allocation}, {plan.budget}", COLUMNS)
     for name, key in (("parameters", "params"), ("MACs of one forward", "macs")):
         dense, slim = figures[f"{key}_dense"], figures[key]
         left = console.share(slim, dense)
         shown.add_row(name, console.count(dense), console.count(slim), left)
+    if "latency" in figures:
+        latency = figures["latency"]
+        before, after = (f"{1000 * latency[key]:.1f} ms" for key in ("dense", "slim"))
+        faster = f"{latency['speedup']:.2f} times faster"
+        shown.add_row("one denoiser call", before, after, faster)
     if "predicted_error" in figures:
         shown.add_row("predicted error", "", f"{figures['predicted_error']:.2e}", "")
     shown.add_row("error on probes", "", f"{figures['error_on_probes']:.2e}", "")
@@ -53,3 +58,5 @@ def show(plan: Plan, out: Path, checkpoint: Path) -> None:
     page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
     call = f"DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)"
     page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
+    if model is not None:
+        write_page(model, out)

@@ -13,8 +13,10 @@ from slimdiff.decompose.attention import (
     value_output,
     whole_heads,
 )
+from slimdiff.decompose.autocovariance import LAGS, add_autocovariances
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.effective import (
+    effective_convolution,
     effective_down,
     effective_heads,
     effective_key,
@@ -23,16 +25,22 @@ from slimdiff.decompose.effective import (
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
 from slimdiff.decompose.linalg import DAMPING, definite_damping
+from slimdiff.decompose.resnet import LAG_DAMPING, ResNetChannels, resnet_channels
 
 __all__ = [
     "DAMPING",
+    "LAGS",
+    "LAG_DAMPING",
     "Decomposition",
     "FeedForward",
     "HeadSelection",
     "Order",
     "QueryKey",
+    "ResNetChannels",
     "ValueOutput",
+    "add_autocovariances",
     "definite_damping",
+    "effective_convolution",
     "effective_down",
     "effective_heads",
     "effective_key",
@@ -40,6 +48,7 @@ __all__ = [
     "elimination_order",
     "feed_forward",
     "query_key",
+    "resnet_channels",
     "unit_order",
     "value_output",
     "whole_heads",

@@ -59,6 +59,16 @@ def effective_down(w_down_of: Tensor, maps: Maps) -> Tensor:
     return result_of.to(w_down_of.dtype)
 
 
+def effective_convolution(w_conv_ocyx: Tensor, maps: Maps) -> Tensor:
+    """The second convolution's kernel under ResNet `maps`: zero where channels went.
+
+    The channels that stay are whole norm groups, so that their values do not change.
+    """
+    result_ocyx = torch.zeros_like(w_conv_ocyx, dtype=torch.float64)
+    result_ocyx[:, maps["channels"]] = maps["weight"]
+    return result_ocyx.to(w_conv_ocyx.dtype)
+
+
 def effective_heads(w_out_oi: Tensor, maps: Maps, heads: int) -> Tensor:
     """The output projection's weight (o, i) with zero columns at the heads that went.
 

@@ -93,6 +93,21 @@ def triangular_factor(c_nn: Tensor) -> Tensor:
     return (upper_nn * signs_n.unsqueeze(-1)).mT
 
 
+def raised_factor_(c_nn: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Lower-triangular L with L L^T = `c_nn` (n, n), which has the ridge `damping` already.
+
+    Where that is not positive definite, ten times the ridge is tried, and so on; the second value
+    is the damping at which it was. The diagonal of `c_nn` is modified.
+    """
+    ridge = float(ridge_of(c_nn, damping))
+    while True:
+        factor_nn, failed = torch.linalg.cholesky_ex(c_nn)
+        if not bool(failed.any()):
+            return factor_nn, damping
+        c_nn.diagonal().add_(9 * ridge)
+        ridge, damping = 10 * ridge, 10 * damping
+
+
 def inverse_root_(l_nn: Tensor) -> Tensor:
     """L^-1 (n, n), written over the lower-triangular `l_nn` (n, n) in strips that skip zeros.
 

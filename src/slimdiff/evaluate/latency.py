@@ -60,6 +60,16 @@ def interleaved(
     return {name: Timing(tuple(seconds)) for name, seconds in taken.items()}
 
 
+def enough_runs(seconds: float, total: float = 1.5, fewest: int = 7, most: int = 41) -> int:
+    """Rounds that a call of `seconds` is timed in, so that short calls are timed more often."""
+    return max(fewest, min(most, round(total / max(seconds, 1e-9))))
+
+
+def seconds_of(call: Call, device: torch.device | str = "cpu") -> float:
+    """Seconds of one run, after one that does not count."""
+    return interleaved({"": call}, runs=1, device=device)[""].median
+
+
 def _seconds(call: Call) -> float:
     if torch.accelerator.is_available():  # such as mps: queued work must not leak into the clock
         torch.accelerator.synchronize()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
 from torch import nn
 
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import Family, Group, resolve
+from slimdiff.groups import LAYERS, Family, Group
+from slimdiff.resolve import resolve
 
 
 def _load() -> dict[str, Family]:
@@ -39,10 +41,24 @@ def family_of(denoiser: nn.Module) -> Family:
     )
 
 
-def groups_of(denoiser: nn.Module) -> list[Group]:
+def groups_of(denoiser: nn.Module, layers: Sequence[str] | None = None) -> list[Group]:
     """The groups of `denoiser`: what can shrink, with its present widths.
 
+    Args:
+        denoiser: of a known family.
+        layers: only those of these layers: `attention`, `feed_forward`, `resnet`; all by default.
+
     Raises:
-        SlimdiffError: the class is unknown, or a layer is fused, adapted or quantised.
+        SlimdiffError: the class is unknown; a layer is fused, adapted or quantised; `layers` names
+            none that there is.
     """
-    return resolve(denoiser, family_of(denoiser))
+    groups = resolve(denoiser, family_of(denoiser))
+    if layers is None:
+        return groups
+    if strange := sorted(set(layers) - set(LAYERS.values())):
+        known = ", ".join(dict.fromkeys(LAYERS.values()))
+        raise SlimdiffError(f"unknown layers {', '.join(strange)}; expected some of {known}")
+    chosen = [group for group in groups if LAYERS[group.kind] in layers]
+    if not chosen:
+        raise SlimdiffError(f"{type(denoiser).__name__} has no layer of {', '.join(layers)}")
+    return chosen

@@ -1,0 +1,67 @@
+"""Bundles: groups that share one size, by how widths are to be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slimdiff import allocate
+from slimdiff.config import Recipe
+from slimdiff.errors import SlimdiffError
+from slimdiff.groups import LAYERS, Group
+from slimdiff.plan import Entry
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How widths are chosen: the allocator, tying, the multiple and the entropic temperature."""
+
+    name: str
+    tied: bool = True
+    multiple: int = 8
+    temperature: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.name not in ("probed", "entropic", "uniform", "threshold"):
+            raise SlimdiffError(
+                f"unknown allocation {self.name!r}; known: probed, entropic, uniform, threshold"
+            )
+        if self.multiple < 1:
+            raise SlimdiffError(f"multiple must be at least 1, got {self.multiple}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Groups that share one size, with what a size means for them."""
+
+    groups: tuple[Group, ...]
+    by_heads: bool
+    sizes: list[int]
+
+    def inner(self, group: Group, size: int) -> int:
+        """Inner channels of one of the groups at a size."""
+        return size * (group.width if self.by_heads else group.heads)
+
+    def entry(self, group: Group, size: int) -> Entry:
+        """What a size means for one of the groups."""
+        width, heads = (group.width, size) if self.by_heads else (size, group.heads)
+        return Entry(group.kind, width, group.width, heads, group.heads)
+
+
+def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[Bundle]:
+    """All groups, those together that get one size."""
+    together: dict[str, list[Group]] = {}
+    for group in groups:
+        tied = allocation.tied or recipe.heads
+        together.setdefault(group.layer if tied else group.name, []).append(group)
+    bundles = []
+    for members in together.values():
+        first = members[0]
+        by_heads = recipe.heads and LAYERS[first.kind] == "attention"
+        sizes = (
+            allocate.allowed_sizes(first.heads, 1)
+            if by_heads
+            else allocate.allowed_sizes(first.width, allocation.multiple, first.step)
+        )
+        bundles.append(Bundle(tuple(members), by_heads, sizes))
+    return bundles

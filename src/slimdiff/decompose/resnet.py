@@ -1,0 +1,210 @@
+"""Decomposition of a ResNet's inner channels: which norm groups stay, and the convolution's refit.
+
+conv1 -> (+ time) -> norm2 -> SiLU -> conv2: GroupNorm ties the channels of a norm group together,
+so whole norm groups go, and the statistics of those that stay do not change.
+
+Shape letters: `c` inner channels, `g` norm groups, `s` kept channels, `o` output channels of the
+second convolution, `w` frequencies of its taps, `m` channels that remain during a search.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimdiff.decompose.autocovariance import (
+    LAGS,
+    MULTIPLICITY,
+    spectral_moment,
+    spectral_weight,
+    unfolded_moment,
+)
+from slimdiff.decompose.decomposition import Decomposition
+from slimdiff.decompose.linalg import (
+    checked_moment,
+    damped,
+    raised_factor_,
+    refit_curve,
+    ridge_of,
+    truncation_curve,
+)
+
+LAG_DAMPING = 1e-5
+"""Ridge of the refit: the products of one image are float32, and lags of a subset of the images
+are not exactly those of one."""
+
+GroupOrder = Literal["elimination", "leverage", "magnitude"]
+
+
+@dataclass(frozen=True, eq=False)
+class ResNetChannels(Decomposition):
+    """Selected norm groups; `maps` gives "channels" (s,) ascending and "weight" (o, s, 3, 3).
+
+    `errors` at a width between two multiples of the norm group's size is that of the lower one.
+
+    Attributes:
+        order_c: (c,) int64, channels by falling importance, a norm group's side by side.
+        lags_lcc: (13, c, c), as they were given.
+        weight_ocyx: (o, c, 3, 3), the dense kernel.
+        refit: whether the kept kernel is the least-squares one.
+        damping: the refit's ridge, as a share of the mean diagonal.
+    """
+
+    order_c: Tensor
+    lags_lcc: Tensor
+    weight_ocyx: Tensor
+    refit: bool
+    damping: float
+
+    def _identity(self) -> dict[str, Tensor]:
+        return {"channels": self.order_c.sort().values, "weight": self.weight_ocyx.double()}
+
+    def _slim(self, width: int) -> dict[str, Tensor]:
+        kept_s = self.order_c[:width].sort().values
+        weight_osyx = self.weight_ocyx[:, kept_s].double()
+        if self.refit and width:
+            weight_osyx = self._refitted(kept_s)
+        return {"channels": kept_s, "weight": weight_osyx}
+
+    def _refitted(self, kept_s: Tensor) -> Tensor:
+        """W' = (W C)_S C_SS^-1 with C the damped moment of the unfolded input."""
+        lags_lcc = self.lags_lcc.double()
+        ridge = float(ridge_of(lags_lcc[0], self.damping))
+        every_c = torch.arange(lags_lcc.shape[-1], device=lags_lcc.device)
+        w_of = self.weight_ocyx.double().flatten(1)
+        target_ok = w_of @ unfolded_moment(lags_lcc, every_c, kept_s)
+        target_ok += ridge * self.weight_ocyx[:, kept_s].double().flatten(1)
+        moment_kk = unfolded_moment(lags_lcc, kept_s, kept_s)
+        moment_kk.diagonal().add_(ridge)
+        l_kk, _ = raised_factor_(moment_kk, self.damping)
+        w_ok = torch.cholesky_solve(target_ok.mT, l_kk).mT
+        return w_ok.reshape(len(w_of), len(kept_s), 3, 3).contiguous()
+
+
+def resnet_channels(
+    weight_ocyx: Tensor,
+    lags_lcc: Tensor,
+    groups: int,
+    *,
+    order: GroupOrder | Tensor = "elimination",
+    refit: bool = True,
+    damping: float = LAG_DAMPING,
+) -> ResNetChannels:
+    """Minimise E|conv2(a) - conv2'(a[channels])|^2 over nested sets of norm groups.
+
+    One triangular factor of the unfolded moment in the order of importance gives the error of
+    every width, refit included.
+
+    Args:
+        weight_ocyx: (o, c, 3, 3) kernel of the second convolution.
+        lags_lcc: (13, c, c) autocovariances of its input (see `autocovariance`).
+        groups: norm groups of its input, c / groups neighbouring channels each.
+        order: how to choose norm groups: "elimination" by the error that each causes after the
+            refit, "leverage" by ridge leverage, "magnitude" by mean square; or the channels
+            themselves, (c,) int64, most useful first.
+        refit: fold what goes into what stays, by least squares.
+        damping: least ridge of the refit, as a share of the moment's mean diagonal; raised where
+            the moment is not positive definite.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or the order is unknown.
+    """
+    channels = weight_ocyx.shape[1]
+    lags_lcc = checked_moment(lags_lcc, "lags_lcc", (len(LAGS), channels, channels))
+    if weight_ocyx.shape[2:] != (3, 3) or channels % groups:
+        raise ValueError(f"kernel {tuple(weight_ocyx.shape)} is not 3 by 3 in {groups} groups")
+    w_ocyx = weight_ocyx.double()
+    if isinstance(order, Tensor):
+        order_c = order
+    else:
+        order_c = _channels_of(group_order(w_ocyx, lags_lcc, groups, order), channels // groups)
+    errors, missing, damping = _curve(w_ocyx, lags_lcc, order_c, refit, damping)
+    stairs = errors[:: channels // groups].repeat_interleave(channels // groups)[: channels + 1]
+    return ResNetChannels(stairs, missing, order_c, lags_lcc, weight_ocyx, refit, damping)
+
+
+def _curve(
+    w_ocyx: Tensor, lags_lcc: Tensor, order_c: Tensor, refit: bool, damping: float
+) -> tuple[Tensor, int, float]:
+    """Errors (c + 1), channels that calibration did not excite, and the damping that was needed."""
+    w_of = w_ocyx[:, order_c].flatten(1)
+    moment_ff = unfolded_moment(lags_lcc, order_c, order_c)
+    if not refit:
+        return truncation_curve(w_of, moment_ff)[::9].contiguous(), 0, damping
+    ridge = float(ridge_of(moment_ff, damping))
+    moment_ff.diagonal().add_(ridge)
+    l_ff, raised = raised_factor_(moment_ff, damping)
+    left_f = l_ff.diagonal().square()
+    missing = int((left_f < 2 * ridge * raised / damping).sum()) // 9
+    return refit_curve(w_of, l_ff)[::9].contiguous(), missing, raised
+
+
+def group_order(w_ocyx: Tensor, lags_lcc: Tensor, groups: int, order: GroupOrder) -> Tensor:
+    """Norm groups (g,) int64 by falling importance.
+
+    Raises:
+        ValueError: unknown `order`.
+    """
+    if order == "elimination":
+        return _eliminated(spectral_weight(w_ocyx), spectral_moment(lags_lcc), groups)
+    moment_cc = lags_lcc[0]
+    if order == "magnitude":
+        score_c = moment_cc.diagonal()
+    elif order == "leverage":
+        score_c = torch.linalg.solve(damped(moment_cc, 1.0), moment_cc).diagonal()
+    else:
+        raise ValueError(f"order must be elimination, leverage or magnitude, got {order!r}")
+    return score_c.view(groups, -1).sum(1).argsort(descending=True, stable=True)
+
+
+def _eliminated(w_woc: Tensor, moment_wcc: Tensor, groups: int) -> Tensor:
+    """Backward elimination of whole norm groups, refit included, frequency by frequency.
+
+    As for hidden units (see `elimination`), removing group b costs tr(H_bb G_bb^-1), where G is
+    the inverse moment and H = W^H W under the present refit; then G loses G_:b G_bb^-1 G_b:, and W
+    loses W_b G_bb^-1 G_b:.
+    """
+    inverse_wmm = _inverse(moment_wcc)
+    gram_wmm = w_woc.mH @ w_woc
+    share_w = torch.tensor(MULTIPLICITY, dtype=torch.float64, device=w_woc.device)
+    size = w_woc.shape[-1] // groups
+    left, gone = list(range(groups)), []
+    while len(left) > 1:
+        g_wbee, h_wbee = (_diagonal_blocks(x, size) for x in (inverse_wmm, gram_wmm))
+        cost_wb = torch.linalg.solve(g_wbee, h_wbee).diagonal(dim1=-2, dim2=-1).sum(-1).real
+        b = int((share_w @ cost_wb).argmin())
+        inverse_wmm, gram_wmm = _without(inverse_wmm, gram_wmm, b * size, (b + 1) * size)
+        gone.append(left.pop(b))
+    return torch.tensor(left + gone[::-1], device=w_woc.device)
+
+
+def _without(inverse: Tensor, gram: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """G and H (w, m, m) when the channels from `start` to `stop` went."""
+    stays = [i for i in range(inverse.shape[-1]) if not start <= i < stop]
+    rows = inverse[:, start:stop][:, :, stays]
+    k = torch.linalg.solve(inverse[:, start:stop, start:stop], rows)
+    cross = gram[:, stays, start:stop] @ k
+    quadratic = k.mH @ gram[:, start:stop, start:stop] @ k
+    inverse = inverse[:, stays][:, :, stays].baddbmm_(rows.mH, k, alpha=-1)
+    return inverse, gram[:, stays][:, :, stays] - cross - cross.mH + quadratic
+
+
+def _inverse(moment_wcc: Tensor) -> Tensor:
+    """Inverses of damped Hermitian moments; the ridge rises until all are positive definite."""
+    ridge_w = LAG_DAMPING * moment_wcc.diagonal(dim1=-2, dim2=-1).real.mean().clamp_min(1e-100)
+    eye_cc = torch.eye(moment_wcc.shape[-1], dtype=moment_wcc.dtype, device=moment_wcc.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(moment_wcc + ridge_w * eye_cc)
+        if not bool(failed.any()):
+            return torch.cholesky_inverse(factor)
+        ridge_w = ridge_w * 10
+
+
+def _diagonal_blocks(x_wmm: Tensor, size: int) -> Tensor:
+    blocks = x_wmm.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _channels_of(order_g: Tensor, size: int) -> Tensor:
+    return (order_g.unsqueeze(1) * size + torch.arange(size, device=order_g.device)).flatten()
