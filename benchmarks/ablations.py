@@ -16,15 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, Rows
-from peers.job import removable
-from trial import BATCH, SAMPLING, Size, Trial
-
 import slimdiff
+from measuring import RESULTS, Rows, machine
+from peers.job import removable
 from slimdiff.config import RECIPES, TRANSFORMER, Recipe
 from slimdiff.reference.captions import prompts
 from slimdiff.results import made_by, write
 from slimdiff.widths import measure_curves
+from trial import BATCH, SAMPLING, Size, Trial
 
 SHARES = (0.41, 0.60)
 CALIBRATION = 64
@@ -169,7 +168,8 @@ def write_prompt_counts(rows: dict[str, dict[str, Any]]) -> None:
     """Error by number of calibration prompts, for `slimdiff report`."""
     found = {int(n.split()[1]): r["errors"] for n, r in rows.items() if n.startswith("prompts: ")}
     counts = [{"prompts": n, "velocity_error": e["0.41"]} for n, e in sorted(found.items())]
-    write(RESULTS / "prompt-counts.json", {"made": made_by(), "prompt_counts": counts})
+    made = made_by(command=machine()["command"])
+    write(RESULTS / "prompt-counts.json", {"made": made, "prompt_counts": counts})
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import slimdiff
 from measuring import Rows, peak_of
 from peers import PEERS, Job, deepcache, int8, weight_bytes
 from peers.job import removable
-from trial import BATCH, SAMPLING, Size, Trial
-
-import slimdiff
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.reference.captions import prompts
 from slimdiff.widths import measure_curves
+from trial import BATCH, SAMPLING, Size, Trial
 
 SHARES = (0.20, 0.41, 0.60, 0.75)
 MACS = (0.8,)
@@ -72,7 +72,7 @@ class Bench:
         """Statistics of the calibration prompts, kept in the work folder."""
         config = slimdiff.CalibrationConfig(
             batch_size=BATCH,
-            timestep_weights=weights,  # type: ignore[arg-type]
+            timestep_weights=weights,  # type: ignore[arg-type]  # one of the two
             **SAMPLING,
         )
         return slimdiff.calibrate(self.pipe, self.texts, config, checkpoint=self.work / weights)

@@ -12,11 +12,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402  # the backend comes first
 
 HERE = Path(__file__).parent
 OURS = "slimdiff, probed"
-COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]  # a listed colour map
 
 
 def families(rows: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

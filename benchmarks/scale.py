@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measuring import Stages, write
-from shapes import SHAPES, build, inputs
 
 import slimdiff
+from measuring import Stages, write
+from shapes import SHAPES, build, inputs
 from slimdiff import costs
 from slimdiff.widths import measure_curves
 

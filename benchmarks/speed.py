@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import write
-from peers.job import Job, become_slim, entries_of, removable, uniform_sizes
-from shapes import SHAPES, Shape, build, inputs
 from torch import nn
 
 import slimdiff
+from measuring import write
+from peers.job import Job, become_slim, entries_of, removable, uniform_sizes
+from shapes import SHAPES, Shape, build, inputs
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import interleaved

@@ -2,25 +2,20 @@
 
 import copy
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import slimdiff
+from peers import PEERS, Job, deepcache, int8, weight_bytes
+from peers.job import removable, uniform_sizes
+from peers.modegpt import column_selection
+from peers.obs_diff import compensated, head_costs, surviving_heads
+from peers.svd import input_moments, plain_factors, two_linears, whitened_factors
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import generate
 from tiny_pipeline import tiny_pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from peers import PEERS, Job, deepcache, int8, weight_bytes  # noqa: E402
-from peers.job import removable, uniform_sizes  # noqa: E402
-from peers.modegpt import column_selection  # noqa: E402
-from peers.obs_diff import compensated, head_costs, surviving_heads  # noqa: E402
-from peers.svd import input_moments, plain_factors, two_linears, whitened_factors  # noqa: E402
 
 PACKAGES = {"torch-pruning": "torch_pruning", "int8": "torchao", "deepcache": "DeepCache"}
 SAMPLING = {"num_inference_steps": 4, "guidance_scale": 2.0}

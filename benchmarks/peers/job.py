@@ -120,7 +120,7 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
     plan.check(groups)
     plan.figures.update(counted(groups, _costs(dense), plan.entries))
     become_slim_(unet, slim_config(unet, groups, plan.entries))
-    unet.slim_record = SlimRecord(plan, {})  # type: ignore[assignment]
+    unet.slim_record = SlimRecord(plan, {})  # type: ignore[assignment]  # no tensor
     return unet
 
 
@@ -138,7 +138,7 @@ def copy_of(job: Job) -> nn.Module:
 
 def weight(unet: nn.Module, path: str) -> Tensor:
     """A linear's weight in float64."""
-    return unet.get_submodule(path).weight.detach().double()  # type: ignore[operator]
+    return unet.get_submodule(path).weight.detach().double()  # type: ignore[operator]  # a linear
 
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()

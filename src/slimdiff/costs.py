@@ -89,7 +89,7 @@ def parameters(module: nn.Module) -> int:
 
 def example_inputs(denoiser: nn.Module) -> dict[str, Any]:
     """Inputs of one forward at the denoiser's native size, on the meta device."""
-    shapes = family_of(denoiser).inputs(dict(denoiser.config))  # type: ignore[arg-type]
+    shapes = family_of(denoiser).inputs(dict(denoiser.config))  # type: ignore[arg-type]  # a FrozenDict
     return _meta_tensors(shapes, next(denoiser.parameters()).dtype)
 
 

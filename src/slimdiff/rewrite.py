@@ -66,7 +66,7 @@ def rewrite(
         if progress is not None:
             progress("rewrite", done, len(changed))
     become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
-    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]
+    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
 
 

@@ -120,7 +120,7 @@ def become_slim_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
             )
     reshape_(model, slim)
     model.__class__ = slim_class(type(model))
-    model.register_to_config(slimdiff=slim, _class_name=type(model).__name__)  # type: ignore[operator]
+    model.register_to_config(slimdiff=slim, _class_name=type(model).__name__)  # type: ignore[operator]  # of ConfigMixin
     return model
 
 
@@ -303,7 +303,7 @@ class SlimMixin:
         Raises:
             SlimConfigError: no slim config, or one of another version; names the folder.
         """
-        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]  # a mixin
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.pop("auto_map", None)
         check_slim(config.get("slimdiff"), str(pretrained_model_name_or_path))
@@ -317,7 +317,7 @@ class SlimMixin:
         hub = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name) for name in hub if name in kwargs}
         push = kwargs.pop("push_to_hub", False)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]  # a mixin
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -421,7 +421,7 @@ def _init_of(base: Any) -> Any:
     parameters = list(signature.parameters.values())
     rest = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     parameters.insert(len(parameters) - rest, own)
-    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # of functions
     return __init__
 
 

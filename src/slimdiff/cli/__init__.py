@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SlimdiffError as error:
         code = console.fail(str(error))
     except UsageError as error:
-        code = console.fail(error.format_message())  # type: ignore[attr-defined]
+        code = console.fail(error.format_message())  # type: ignore[attr-defined]  # as click has it
     except OSError as error:
         if error.filename is None:
             raise

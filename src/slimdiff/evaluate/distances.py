@@ -29,7 +29,7 @@ def frechet(a_nd: Tensor, b_nd: Tensor) -> float:
     if min(len(a_nd), len(b_nd)) < 2:
         raise SlimdiffError("a Fréchet distance needs at least two images in each set")
     identity = nn.Identity()
-    identity.num_features = a_nd.shape[1]  # type: ignore[assignment]
+    identity.num_features = a_nd.shape[1]  # type: ignore[assignment]  # torchmetrics reads it
     metric = _torchmetrics("fid").FrechetInceptionDistance(feature=identity).set_dtype(a_nd.dtype)
     metric.update(a_nd, real=True)
     metric.update(b_nd, real=False)

@@ -45,7 +45,7 @@ class LatentFeatures(Features):
         """Features (n, latent channels * 16) in float32."""
         weight = next(self.vae.parameters())
         scaled_nchw = images_nchw.to(weight.device, weight.dtype) * 2 - 1
-        latents_nchw = self.vae.encode(scaled_nchw).latent_dist.mean  # type: ignore[operator]
+        latents_nchw = self.vae.encode(scaled_nchw).latent_dist.mean  # type: ignore[operator]  # a method of any VAE
         return adaptive_avg_pool2d(latents_nchw, POOLED).flatten(1).float().cpu()
 
 

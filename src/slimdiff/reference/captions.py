@@ -24,7 +24,7 @@ HELD_OUT_PERCENT = 5
 
 
 def _any(words: object) -> str:
-    return "|".join(words)  # type: ignore[arg-type]
+    return "|".join(words)  # type: ignore[arg-type]  # words are strings
 
 
 _OBJECT = (

@@ -73,7 +73,7 @@ def as_pixels(images: object) -> Tensor:
 
     Arrays (n, 64, 64, 3) of uint8 or of floats from 0 to 1, or PIL images.
     """
-    array = np.stack([np.asarray(i) for i in images])  # type: ignore[attr-defined]
+    array = np.stack([np.asarray(i) for i in images])  # type: ignore[attr-defined]  # images or arrays
     if array.ndim == 3:
         array = array[None]
     if array.ndim != 4 or array.shape[1:] != (SIDE, SIDE, 3):
