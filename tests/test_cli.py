@@ -25,6 +25,8 @@ COMMANDS = [
     "compare",
     "evaluate",
     "report",
+    "frontier",
+    "profile",
     "select-prompts",
     "statistics",
     "statistics merge",

@@ -222,7 +222,7 @@ def test_what_is_missing_is_said(section, told):
 def test_empty_results_make_a_page(tmp_path):
     page = Page(render({}))
     assert "slim model: nothing was measured." in page.text
-    assert page.text.count("run slimdiff") == 10
+    assert page.text.count("run slimdiff") == 8
 
 
 def test_what_was_not_measurable_says_why():

@@ -14,7 +14,7 @@ import slimdiff
 from slimdiff import costs
 from slimdiff.allocate import Unit, allowed_sizes, uniform
 from slimdiff.config import TRANSFORMER
-from slimdiff.groups import Group
+from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.planning import counted
 from slimdiff.shapes import slim_config
@@ -36,6 +36,7 @@ class Job:
         prompts: calibration prompts.
         sampling: `num_inference_steps` and `guidance_scale`.
         remove: parameters of the denoiser that must go, at least.
+        layers: what may shrink, for the peers that know more than attention and feed-forward.
     """
 
     pipe: Any
@@ -44,6 +45,7 @@ class Job:
     prompts: list[str]
     sampling: dict[str, Any]
     remove: int
+    layers: tuple[str, ...] = TRANSFORMER
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,15 @@ def uniform_sizes(job: Job, *, heads: bool = False) -> dict[str, int]:
     Raises:
         SlimdiffError: the smallest sizes leave too much.
     """
-    layers = layers_of(slimdiff.groups_of(job.pipe.unet, TRANSFORMER))
+    layers = layers_of(slimdiff.groups_of(job.pipe.unet, job.layers))
     per_channel = _costs(job.pipe.unet).groups
     units = []
     for path, groups in layers.items():
-        by_heads = heads and groups[0].kind != "feed_forward"
+        by_heads = heads and LAYERS[groups[0].kind] == "attention"
         width, count = groups[0].width, groups[0].heads
         dense, step = (count, width) if by_heads else (width, count)
         price = step * sum(per_channel[group.name].params for group in groups)
-        sizes = allowed_sizes(dense, 1 if by_heads else MULTIPLE)
+        sizes = allowed_sizes(dense, 1 if by_heads else MULTIPLE, groups[0].step)
         units.append(Unit(path, sizes, [price * size for size in sizes]))
     choice = uniform(units, sum(unit.costs[-1] for unit in units) - job.remove)
     return {unit.name: unit.sizes[index] for unit, index in zip(units, choice, strict=True)}
@@ -96,7 +98,7 @@ def entries_of(
     """What becomes of each group under the sizes of its layer."""
     entries = {}
     for group in groups:
-        by_heads = heads and group.kind != "feed_forward"
+        by_heads = heads and LAYERS[group.kind] == "attention"
         size = sizes[group.layer]
         kept = (group.width, size) if by_heads else (size, group.heads)
         entries[group.name] = Entry(group.kind, kept[0], group.width, kept[1], group.heads)
@@ -104,7 +106,7 @@ def entries_of(
 
 
 def layers_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Groups by the attention or feed-forward layer that they belong to."""
+    """Groups by the layer that they belong to."""
     layers: dict[str, list[Group]] = {}
     for group in groups:
         layers.setdefault(group.layer, []).append(group)
@@ -116,7 +118,7 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
 
     Every attention attribute that follows from a width (heads, inner width, scale) is set here.
     """
-    groups = slimdiff.groups_of(dense, TRANSFORMER)
+    groups = slimdiff.groups_of(dense)
     plan.check(groups)
     plan.figures.update(counted(groups, _costs(dense), plan.entries))
     become_slim_(unet, slim_config(unet, groups, plan.entries))
@@ -154,8 +156,6 @@ def kept_with(denoiser: nn.Module, key: Any, make: Callable[[], Any]) -> Any:
 
 def _costs(unet: nn.Module) -> costs.Costs:
     def measured() -> costs.Costs:
-        return costs.measure(
-            unet, slimdiff.groups_of(unet, TRANSFORMER), costs.example_inputs(unet)
-        )
+        return costs.measure(unet, slimdiff.groups_of(unet), costs.example_inputs(unet))
 
     return kept_with(unet, "costs", measured)

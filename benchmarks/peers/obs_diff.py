@@ -22,10 +22,9 @@ from torch import Tensor, nn
 import slimdiff
 from peers.job import Job, become_slim, copy_of, entries_of, uniform_sizes, weight
 from slimdiff import decompose
-from slimdiff.config import TRANSFORMER
 from slimdiff.decompose.linalg import damped, inverse_of_factored_, refit_coupling
 from slimdiff.decompose.linalg import triangular_factor as factor
-from slimdiff.groups import Group
+from slimdiff.groups import Group, layer_at
 from slimdiff.plan import Entry, Plan
 from slimdiff.rewrite import _put, _slim_weights
 
@@ -33,7 +32,7 @@ from slimdiff.rewrite import _put, _slim_weights
 def slim(job: Job) -> nn.Module:
     """Remove heads and hidden units, the same share everywhere."""
     unet = copy_of(job)
-    groups = slimdiff.groups_of(unet, TRANSFORMER)
+    groups = slimdiff.groups_of(unet, job.layers)
     statistics = job.log_statistics or job.statistics
     entries = entries_of(groups, uniform_sizes(job, heads=True), heads=True)
     plan = Plan(type(unet).__name__, "obs-diff", entries, "uniform")
@@ -45,8 +44,9 @@ def slim(job: Job) -> nn.Module:
     }
     for group in changed:
         entry = entries[group.name]
-        if group.kind == "feed_forward":
-            _put(unet, _slim_weights(unet, group, entry, _units(unet, group, statistics, entry)))
+        if group.kind in ("feed_forward", "resnet"):
+            select = _units if group.kind == "feed_forward" else _channels
+            _put(unet, _slim_weights(unet, group, entry, select(unet, group, statistics, entry)))
             continue
         weights = _slim_weights(unet, group, entry, {"heads": kept[group.layer]})
         if group.kind == "value_output":
@@ -67,6 +67,15 @@ def _units(
 ) -> dict[str, Tensor]:
     w_of, moment_ff = weight(unet, group.paths["down"]), statistics.mean(f"{group.layer}/h")
     return decompose.feed_forward(w_of, moment_ff, order="elimination").maps(entry.width)
+
+
+def _channels(
+    unet: nn.Module, group: Group, statistics: slimdiff.Statistics, entry: Entry
+) -> dict[str, Tensor]:
+    """Inner channels of a ResNet, whole norm groups: single channels would do far worse."""
+    kernel = layer_at(unet, group.paths["conv2"]).weight.detach()
+    lags_lcc = statistics.mean(f"{group.layer}/lags")
+    return decompose.resnet_channels(kernel, lags_lcc, group.width // group.step).maps(entry.width)
 
 
 def surviving_heads(w_oi: Tensor, moment_ii: Tensor, heads: int, count: int) -> Tensor:

@@ -71,6 +71,7 @@ def calibrate(
             batch = prompts[start : start + config.batch_size]
             with _step_weights(recorder, denoiser, config):
                 _sample(pipe, batch, start, config)
+            recorder.flush()
             statistics.batches += 1
             if checkpoint is not None:
                 statistics.save(checkpoint)

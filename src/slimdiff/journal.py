@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from slimdiff.plan import Plan
 from slimdiff.results import Results, made_by, write
 from slimdiff.statistics import Statistics
 
+Progress = Callable[[str, int, int], None]
+
 
 @dataclass
 class Journal:
@@ -34,6 +36,7 @@ class Journal:
         seconds: stage -> seconds.
         images: "dense" and "slim" -> PIL images of the first prompts.
         sections: of the results, as far as they are known.
+        done: stages that had something to do.
     """
 
     pipe: Any
@@ -44,6 +47,23 @@ class Journal:
     seconds: dict[str, float] = field(default_factory=dict)
     images: dict[str, list[Any]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+
+    def noting(self, progress: Progress | None) -> Progress:
+        """`progress`, and a note of the stages that reported any."""
+
+        def note(stage: str, count: int, total: int) -> None:
+            self.done.add(stage)
+            if progress is not None:
+                progress(stage, count, total)
+
+        return note
+
+    @property
+    def reused(self) -> list[str]:
+        """What was not done again: statistics and curves were there from an earlier run."""
+        kept = {"calibrate": {"calibrate"}, "allocate": {"probe", "decompose"}}
+        return [s for s in self.seconds if s in kept and not kept[s] & self.done]
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -76,6 +76,7 @@ def compress(
     _refuse_impossible(pipe, config, budget, plan, how | finer)
     journal = Journal(pipe, list(prompts), config, results, pictures if results else 0)
     journal.draw("dense")
+    progress = journal.noting(progress)
     with journal.timed("calibrate"):
         statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
     curves: dict[str, ErrorCurve] = {}
@@ -108,6 +109,7 @@ def _finish(
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     plan.figures["error_on_probes"] = probed.error({})
     plan.figures["seconds"] = journal.seconds
+    plan.figures["reused"] = journal.reused
     plan.figures["calibration"] = statistics.source
     journal.draw("slim")
     journal.write(plan)

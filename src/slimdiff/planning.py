@@ -108,6 +108,20 @@ def least_nanoseconds(
     return profile.dense_nanoseconds - saved
 
 
+def smallest_count(
+    groups: Sequence[Group], costs: Costs, metric: str, recipe: Recipe, allocation: Allocation
+) -> int:
+    """What the whole denoiser has at the smallest widths."""
+    smallest = costs.total(metric)
+    for bundle in bundles_of(groups, recipe, allocation):
+        spare = bundle.sizes[-1] - bundle.sizes[0]
+        smallest -= sum(
+            costs.groups[group.name].of(metric, bundle.inner(group, spare))
+            for group in bundle.groups
+        )
+    return smallest
+
+
 def check_budget(
     groups: Sequence[Group], costs: Costs, budget: Budget, recipe: Recipe, allocation: Allocation
 ) -> int:
@@ -117,13 +131,8 @@ def check_budget(
         SlimdiffError: the budget is below the smallest possible.
     """
     metric, total = budget.metric, costs.total(budget.metric)
-    limit, smallest = budget.limit(total), total
-    for bundle in bundles_of(groups, recipe, allocation):
-        spare = bundle.sizes[-1] - bundle.sizes[0]
-        smallest -= sum(
-            costs.groups[group.name].of(metric, bundle.inner(group, spare))
-            for group in bundle.groups
-        )
+    smallest = smallest_count(groups, costs, metric, recipe, allocation)
+    limit = budget.limit(total)
     if limit < smallest:
         raise SlimdiffError(
             f"{budget.describe()} leaves {limit:,} {metric}, but the smallest possible is "

@@ -77,6 +77,7 @@ def recording(
             handles.append(_hook_block(recorder, denoiser, block))
         with torch.inference_mode():
             yield recorder
+            recorder.flush()
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,9 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.statistics import Statistics
 
 WIDE_BUDGET = 2**18
+WIDE, WAITING_ROWS = 1024, 512
+"""Layers of this width or more wait with their rows until there are so many."""
+
 LAGS_AS_WIDE = 4
 """13 autocovariances cost what the Gram matrix of a layer about four times as wide does."""
 
@@ -36,6 +39,7 @@ class Recorder:
         self.dtype = dtype
         self.weight = 1.0
         self._suspects: dict[str, Tensor] = {}
+        self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
 
     def heads_moment(self, name: str, x_bti: Tensor, heads: int) -> None:
         """Add per-head second moments of x (batch, tokens, heads * e) under `name`."""
@@ -137,9 +141,30 @@ class Recorder:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 
+    def flush(self) -> None:
+        """Add what waits; the statistics are complete after it."""
+        for name in list(self._waiting):
+            self._add_waiting(name)
+
     def _gram(self, name: str, x_ne: Tensor) -> None:
+        """Add a Gram matrix; rows of a wide layer wait until there are enough.
+
+        Reading and writing a sum of 5120 by 5120 costs more than the products of few rows.
+        """
         self._watch(name, x_ne)
-        self.statistics.add_gram(name, x_ne, self.weight, self.dtype)
+        if x_ne.ndim > 2 or x_ne.shape[-1] < WIDE:
+            self.statistics.add_gram(name, x_ne, self.weight, self.dtype)
+            return
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append((x_ne.detach().clone(), self.weight))
+        if sum(len(x) for x, _ in waiting) >= WAITING_ROWS:
+            self._add_waiting(name)
+
+    def _add_waiting(self, name: str) -> None:
+        waiting = self._waiting.pop(name)
+        for weight in dict.fromkeys(weight for _, weight in waiting):
+            x_ne = torch.cat([x for x, own in waiting if own == weight])
+            self.statistics.add_gram(name, x_ne, weight, self.dtype)
 
     def _add(self, name: str, total: Tensor, rows: int) -> None:
         self._watch(name, total)

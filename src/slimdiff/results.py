@@ -12,8 +12,8 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
   the group's own output where `gain` is None), or None where the recipe has none.
 - `rest`: {"params", "macs"} of everything that is in no group.
 - `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
-  "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count"},
-  "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}} with S = {"whole",
+  "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count",
+  "dimensions"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}} with S = {"whole",
   "interval": [low, high], "attributes": {name: {"share", "interval"}}, "count"}; a metric that
   could not be measured is {"unavailable": reason}.
 - `cost`: {"params", "macs", "bytes", "peak_memory": each {"dense", "slim"}, "latency": {"denoiser"
@@ -21,6 +21,8 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
   bytes, seconds, parameters and MACs as they are; `macs_allow` is the speed-up that the ratio of
   MACs allows, and `share_reached` the measured denoiser speed-up over it.
 - `images`: a list of {"prompt", "seed", "dense", "slim"}, images as base64 PNG.
+- `frontier`: {"dense": P, "metric", "points": [P, ...], "knee"} with P = {"params", "macs",
+  "predicted", "measured"}; errors relative as above, `measured` None where it was not.
 - `prompt_counts`: a list of {"prompts", "velocity_error"}: error by size of the calibration set.
 """
 
@@ -51,6 +53,7 @@ SECTIONS = (
     "fidelity",
     "cost",
     "images",
+    "frontier",
     "prompt_counts",
 )
 PACKAGES = ("slimdiff", "torch", "diffusers", "transformers")

@@ -18,8 +18,9 @@ from slimdiff.curves import ErrorCurve, error_curves, probes_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
+from slimdiff.frontier import Frontier, frontier
 from slimdiff.plan import Plan
-from slimdiff.planning import least_nanoseconds, make_plan, refuse_unfit
+from slimdiff.planning import least_nanoseconds, make_plan, refuse_unfit, smallest_count
 from slimdiff.profiling import profile
 from slimdiff.rewrite import refuse_slim
 from slimdiff.statistics import Statistics
@@ -146,6 +147,50 @@ class _Job:
             **limits,
         )
         return replace(plan, budget=self.budget.describe())
+
+
+def frontier_of(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    *,
+    metric: str = "macs",
+    recipe: str = "slimdiff",
+    tied: bool = True,
+    multiple: int = 8,
+    layers: Sequence[str] | None = None,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """Predicted and measured error against size, from dense to the smallest widths.
+
+    Args:
+        denoiser: dense; it is not changed.
+        statistics: recorded from it.
+        metric: what is budgeted: `params` or `macs`.
+        recipe, tied, multiple, layers, curves: see `allocate`.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        SlimdiffError: as `allocate` does; or an unknown metric.
+    """
+    if metric not in ("params", "macs"):
+        raise SlimdiffError(f"metric is {metric!r}, expected params or macs")
+    refuse_slim(denoiser)
+    chosen, settings = recipe_named(recipe), Allocation("probed", tied, multiple)
+    budget = Budget(params=1.0) if metric == "params" else Budget(macs=1.0)
+    refuse_unfit(budget, chosen, settings)
+    how: dict[str, Any] = {"layers": layers, "progress": progress}
+    curves = curves or measure_curves(denoiser, statistics, recipe, "probed", **how)
+    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    probes = probes_of(denoiser, statistics)
+    return frontier(
+        lambda limit: job.plan(limit=limit),
+        lambda plan: measured_error(probes, job.groups, statistics, plan, curves),
+        job.costs.total(metric),
+        smallest_count(job.groups, job.costs, metric, chosen, settings),
+        metric,
+        progress,
+    )
 
 
 def _as_fast(job: _Job, folder: str | Path | None, progress: Progress | None) -> Plan:

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from slimdiff.cli import compress, console, data, evaluate, images, inspect, report
+from slimdiff.cli import compress, console, data, evaluate, images, inspect, measure, report
 from slimdiff.errors import SlimdiffError
 
 HELP = """Compress diffusers pipelines in closed form, without training.
@@ -16,6 +16,7 @@ MODEL is a diffusers folder, a hub id, or the name of a bundled reference; witho
 reference `scenes-unet` is used. Each command's `--help` has examples.
 
 - `slimdiff compress` makes a smaller pipeline
+- `slimdiff frontier` shows what every budget would cost
 - `slimdiff compare scenes-unet scenes-unet-slim` draws the same seeds with both
 - `slimdiff evaluate scenes-unet scenes-unet-slim` measures what was lost and gained
 - `slimdiff report RESULTS...` makes a page of what both wrote
@@ -38,6 +39,8 @@ app.command("generate", help=images.GENERATE)(images.generate)
 app.command("compare", help=images.COMPARE)(images.compare)
 app.command("evaluate", help=evaluate.HELP)(evaluate.evaluate)
 app.command("report", help=report.HELP)(report.report)
+app.command("frontier", help=measure.FRONTIER)(measure.frontier)
+app.command("profile", help=measure.PROFILE)(measure.profile)
 app.command("select-prompts", help=data.SELECT)(data.select_prompts)
 app.add_typer(data.statistics, name="statistics", help="Show or add up recorded statistics.")
 

@@ -219,7 +219,7 @@ def _how(
         "tied": chosen.tied,
         "multiple": chosen.multiple,
         "temperature": chosen.temperature,
-        "layers": [name.strip() for name in layers.split(",")] if layers else None,
+        "layers": options.names(layers),
     }
 
 

@@ -129,7 +129,19 @@ def summary(found: Any) -> dict[str, Any]:
         "sums": len(found.sums),
         "megabytes": sum(total.nbytes for total in found.sums.values()) // 10**6,
         "parts": len(parts),
-    }
+    } | _sampling(parts)
+
+
+def _sampling(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the runs were sampled, where all of them were sampled alike."""
+    shown = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    shown |= {"batch_size": "batch size", "seed": "seed", "timestep_weights": "timestep weights"}
+    found = {}
+    for key, name in shown.items():
+        values = {str(part["config"].get(key)) for part in parts if part.get("config")}
+        if values:
+            found[name] = ", ".join(sorted(values))
+    return found
 
 
 def _parts(source: dict[str, Any]) -> list[dict[str, Any]]:

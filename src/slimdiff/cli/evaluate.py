@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,8 +102,8 @@ def evaluate(
         shown=shown,
     )
     measures: dict[str, Any] = {
-        "features": None if features is None else ImageModel(features),
-        "clip": None if clip is None else ClipScore(clip),
+        "features": None if features is None else _named("--features", ImageModel, features),
+        "clip": None if clip is None else _named("--clip", ClipScore, clip),
         "judge": _judge if where.bundled and prompts is None else None,
     }
     big = models.load(where, dtype, device, variant)
@@ -198,13 +199,34 @@ def _reasons(results: dict[str, Any]) -> list[str]:
     parts = {**results["cost"], **results["fidelity"]}
     params = results["cost"]["params"]
     swapped = ["the second pipeline is the larger one: is it evaluate DENSE SLIM?"]
-    return (swapped if params["slim"] > params["dense"] else []) + [
-        f"{name} not measured: {found['unavailable']}"
-        for name, found in parts.items()
-        if isinstance(found, dict) and "unavailable" in found
-    ]
+    few = _few(results["fidelity"]["frechet"])
+    return (
+        (swapped if params["slim"] > params["dense"] else [])
+        + few
+        + [
+            f"{name} not measured: {found['unavailable']}"
+            for name, found in parts.items()
+            if isinstance(found, dict) and "unavailable" in found
+        ]
+    )
+
+
+def _few(frechet: dict[str, Any]) -> list[str]:
+    """A Fréchet distance needs more images than features."""
+    count, dimensions = frechet.get("count", 0), frechet.get("dimensions", 0)
+    if count >= dimensions:
+        return []
+    return [f"Fréchet distance: of {count} images and {dimensions} features, too few to rely on"]
 
 
 def _accuracy(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     return f"{100 * found['whole']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _named(option: str, load: Callable[[Path], Any], folder: Path) -> Any:
+    """What is loaded from a folder; errors name the option that gave it."""
+    try:
+        return load(folder)
+    except SlimdiffError as error:
+        raise SlimdiffError(f"{option} {error}") from error

@@ -50,6 +50,12 @@ Quality = Annotated[
     budget("Largest velocity error on the probes; as few MACs as it allows: 1e-3.", "--quality"),
 ]
 
+
+def names(listed: str | None) -> list[str] | None:
+    """Names that were given with commas between them."""
+    return [name.strip() for name in listed.split(",")] if listed else None
+
+
 Model = Annotated[
     str | None,
     typer.Argument(

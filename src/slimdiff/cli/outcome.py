@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from slimdiff.cli import console
 from slimdiff.errors import SlimdiffError
@@ -17,14 +18,20 @@ def beside(out: Path, ending: str) -> Path:
 
 
 def write_page(dense: str, out: Path) -> None:
-    """Name the models in the results, and render them, if matplotlib is there."""
-    from slimdiff.report import write_report
+    """Name the models in the results, and render them."""
     from slimdiff.results import read, write
 
     path, page = beside(out, "results.json"), beside(out, "report.html")
     results = read(path)
     results["model"] |= {"dense": dense, "slim": out.name}
     write(path, results)
+    write_html(results, page)
+
+
+def write_html(results: dict[str, Any], page: Path) -> None:
+    """Render results as a page, if matplotlib is there."""
+    from slimdiff.report import write_report
+
     try:
         write_report(results, page)
     except SlimdiffError as error:
@@ -47,10 +54,11 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
         faster = f"{latency['speedup']:.2f} times faster"
         shown.add_row("one denoiser call", before, after, faster)
     if "predicted_error" in figures:
-        shown.add_row("predicted error", "", f"{figures['predicted_error']:.2e}", "")
-    shown.add_row("error on probes", "", f"{figures['error_on_probes']:.2e}", "")
+        shown.add_row("velocity error, predicted", "", f"{figures['predicted_error']:.2e}", "")
+    shown.add_row("velocity error on probes", "", f"{figures['error_on_probes']:.2e}", "")
     for stage, seconds in figures["seconds"].items():
-        shown.add_row(f"seconds to {stage}", "", f"{seconds:.1f}", "")
+        reused = "reused what was kept" if stage in figures["reused"] else ""
+        shown.add_row(f"seconds to {stage}", "", f"{seconds:.1f}", reused)
     page = console.out()
     page.print(shown)
     page.print(f"statistics stay in {checkpoint}, for another budget or recipe", soft_wrap=True)

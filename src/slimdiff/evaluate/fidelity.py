@@ -59,7 +59,8 @@ def _distances(drawn: Drawn, features: Features | None) -> dict[str, Any]:
     dense_nd, slim_nd = (
         features_of(image_tensor(images), features) for images in (drawn.dense, drawn.slim)
     )
-    base = {"features": features.label, "count": len(drawn.prompts)}
+    dimensions = dense_nd.shape[1]
+    base = {"features": features.label, "count": len(drawn.prompts), "dimensions": dimensions}
 
     def measured(distance: Callable[..., float]) -> dict[str, Any]:
         return _or_why(lambda: {"value": distance(slim_nd, dense_nd)} | base)

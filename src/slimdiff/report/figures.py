@@ -109,7 +109,8 @@ def _details(found: Mapping[str, Any]) -> str:
         if key in found
     ]
     parts += [f"{key}: {found[key]}" for key in ("features", "model") if key in found]
-    return ", ".join(parts)
+    few = found.get("count", 0) < found.get("dimensions", 0)
+    return ", ".join(parts + ["too few images to rely on"] if few else parts)
 
 
 def _cost(found: Mapping[str, Any]) -> Iterator[Row]:

@@ -28,11 +28,11 @@ def curves(results: Results, kind: str) -> Html | None:
     alpha = 0.55 if len(mine) < MANY else 0.25
 
     def paint(figure: Any) -> Tooltips:
-        axis = _log_axis(figure)
+        axis = log_axis(figure)
         tooltips: dict[str, str] = {}
         for number, group in enumerate(mine):
             tooltips |= _curve(axis, group, (colour, alpha), number)
-        _label_errors(axis)
+        label_errors(axis)
         axis.set_xlim(0, 1.03)
         axis.xaxis.set_major_formatter(lambda share, _: numbers.percent(share))
         axis.set_xlabel("share of the dense width")
@@ -100,21 +100,22 @@ def _line(
     seen = [(x, y) for x, y in points if y > ERROR_FLOOR]
 
     def paint(figure: Any) -> Tooltips:
-        axis = _log_axis(figure)
+        axis = log_axis(figure)
         axis.plot(*zip(*seen), color=COLOURS["accent"], linewidth=1.6)
         tooltips = {}
         for number, (x, y) in enumerate(seen):
             gid = f"p{number}"
             axis.plot([x], [y], "o", markersize=4, color=COLOURS["accent"], gid=gid)
             tooltips[gid] = f"{x:g}: {numbers.error(y)}"
-        _label_errors(axis)
+        label_errors(axis)
         finish(axis)
         return tooltips
 
     return drawn(prefix, label, LARGE, paint) if seen else None
 
 
-def _log_axis(figure: Any) -> Any:
+def log_axis(figure: Any) -> Any:
+    """An axis for errors."""
     axis = figure.subplots()
     axis.set_yscale("log")
     axis.minorticks_off()
@@ -122,7 +123,7 @@ def _log_axis(figure: Any) -> Any:
     return axis
 
 
-def _label_errors(axis: Any) -> None:
+def label_errors(axis: Any) -> None:
     """Label decades of a log axis, and parts of them where there are few."""
     low, high = axis.get_ylim()
     if high / low < NARROW:

@@ -26,7 +26,11 @@ def made(results: Results) -> Html:
     found = figures.get("calibration") or {}
     calibration = {key: value for key, value in found.items() if value not in told}
     if seconds := figures.get("seconds"):
-        calibration |= {"took": {stage: numbers.duration(s) for stage, s in seconds.items()}}
+        kept = {stage: ", reused what was kept" for stage in figures.get("reused", ())}
+        took = {
+            stage: f"{numbers.duration(s)}{kept.get(stage, '')}" for stage, s in seconds.items()
+        }
+        calibration |= {"took": took}
     if calibration:
         parts += [tag("h3", "Calibration and compression"), _facts(calibration)]
     return join(parts)

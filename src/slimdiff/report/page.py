@@ -7,7 +7,7 @@ import hashlib
 import re
 from importlib.resources import files
 
-from slimdiff.report import facts, figures, lines, plots, tables
+from slimdiff.report import facts, figures, frontier, lines, plots, tables
 from slimdiff.report.gallery import gallery
 from slimdiff.report.html import Html, join, missing, scrolling, section, tag, text
 from slimdiff.report.made import made, made_of, to_repeat
@@ -23,12 +23,12 @@ def render(results: Results) -> str:
         SlimdiffError: results lack what the schema asks for, or matplotlib is not installed.
     """
     sections = {
+        **_frontier(results),
         "images": ("Images", _images(results)),
         "cost": ("Where parameters and MACs went", _where(results)),
         "plan": ("The plan", _plan(results)),
         "curves": ("What each width would cost", _curves(results)),
-        "error": ("Velocity error", _error(results)),
-        "figures": ("All figures", _figures(results)),
+        **_measured(results),
         "groups": ("All groups", _groups(results)),
         "made": ("How it was made", _made(results)),
     }
@@ -83,6 +83,19 @@ def _header(results: Results) -> Html:
 def _unbroken(sentence: str) -> Html:
     """Text whose figures with an exponent stay on one line."""
     return Html(re.sub(r"[\d.]+e-\d+", r'<span class="figure">\g<0></span>', text(sentence)))
+
+
+def _frontier(results: Results) -> dict[str, tuple[str, Html]]:
+    """A section of its own, where there is one."""
+    if "frontier" not in results:
+        return {}
+    told = (
+        "Velocity error of plans from dense down to the smallest widths: the line is predicted, "
+        "dots were measured on inputs that calibration kept, and the ring marks the knee."
+    )
+    charts = [_chart(name, frontier.drawing(results, axis)) for axis, name in frontier.AXES.items()]
+    body = join((tag("p", told), tag("div", *charts, class_="charts")))
+    return {"frontier": ("The frontier", body)}
 
 
 def _images(results: Results) -> Html:
@@ -177,6 +190,17 @@ def _error(results: Results) -> Html:
             return tag("p", "None: every prediction is as it was.")
         return missing("Velocity error was not measured", EVALUATE)
     return join((tag("p", told), tag("div", *charts, class_="charts")))
+
+
+def _measured(results: Results) -> dict[str, tuple[str, Html]]:
+    """What `evaluate` adds; one line that says so where nothing of it is there."""
+    if any(name in results for name in ("fidelity", "cost", "prompt_counts")):
+        return {
+            "error": ("Velocity error", _error(results)),
+            "figures": ("All figures", _figures(results)),
+        }
+    told = "Velocity error, likeness of the images, time and memory were not measured"
+    return {"figures": ("All figures", missing(told, EVALUATE))}
 
 
 def _figures(results: Results) -> Html:

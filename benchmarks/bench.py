@@ -1,0 +1,173 @@
+"""What the rows of the evidence share: the trial, one calibration, and how each row is measured."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+import slimdiff
+from measuring import Rows, peak_of
+from peers import PEERS, Job, deepcache, weight_bytes
+from peers.job import removable
+from slimdiff import costs
+from slimdiff.config import TRANSFORMER
+from slimdiff.reference.captions import prompts
+from slimdiff.widths import measure_curves
+from trial import BATCH, SAMPLING, Size, Trial
+
+FULL, QUICK = Size(images=48, errors=16, runs=5), Size(images=16, errors=8, runs=1)
+MANY = 512
+"""Test prompts of the dense row and of the headline, whose accuracies are compared to a point."""
+
+SHARES = (0.20, 0.41, 0.60, 0.75)
+BISECTIONS = 7
+
+
+class Bench:
+    """The trial, the statistics that all rows share, and the rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.quick = options.quick
+        self.size = QUICK if options.quick else FULL
+        self.many = self.size.images if options.quick else MANY
+        self.shares = (0.41,) if options.quick else SHARES
+        self.texts = prompts("calibration", 16 if options.quick else 128)
+        settings = {
+            "quick": options.quick,
+            "calibration_prompts": len(self.texts),
+            "sampling": SAMPLING,
+            **vars(self.size),
+            "many": self.many,
+        }
+        self.trial = Trial(self.size)
+        self.pipe = self.trial.pipe
+        self.rows = Rows("evidence-quick" if options.quick else "evidence", settings)
+        self.work = options.work / ("quick" if options.quick else "full")
+        (self.statistics, seconds, _) = peak_of(lambda: self.calibrated("uniform"))
+        print(f"calibration on {len(self.texts)} prompts: {seconds} s (0 if it was kept)")
+        self.log_statistics = self.calibrated("log")
+        self.removable = removable(self.pipe.unet)
+        self._curves: dict[Any, tuple[Any, float, float]] = {}
+
+    def calibrated(self, weights: str) -> slimdiff.Statistics:
+        """Statistics of the calibration prompts, kept in the work folder."""
+        config = slimdiff.CalibrationConfig(
+            batch_size=BATCH,
+            timestep_weights=weights,  # type: ignore[arg-type]  # one of the two
+            **SAMPLING,
+        )
+        return slimdiff.calibrate(self.pipe, self.texts, config, checkpoint=self.work / weights)
+
+    def curves(
+        self, recipe: str, allocation: str, layers: tuple[str, ...] | None
+    ) -> tuple[Any, float, float]:
+        """Error curves, and the seconds and GiB that they took."""
+        key = (recipe, "probed" if allocation == "probed" else "", layers)
+        if key not in self._curves:
+            self._curves[key] = peak_of(
+                lambda: measure_curves(
+                    self.pipe.unet, self.statistics, recipe, allocation, layers=layers
+                )
+            )
+        return self._curves[key]
+
+    def recipe(
+        self,
+        recipe: str,
+        allocation: str,
+        budget: slimdiff.Budget,
+        layers: tuple[str, ...] | None = TRANSFORMER,
+    ) -> dict[str, Any]:
+        """A slim denoiser by one of slimdiff's recipes, and what it took to make."""
+        allocation, _, temperature = allocation.partition(" ")
+        curves, seconds, peak = self.curves(recipe, allocation, layers)
+        how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "curves": curves}
+        how["layers"] = layers
+        how |= {"temperature": float(temperature)} if temperature else {}
+
+        def make() -> Any:
+            plan = slimdiff.allocate(self.pipe.unet, self.statistics, budget, **how)
+            unet = self.trial.copy_of_denoiser()
+            return slimdiff.rewrite(unet, self.statistics, plan, curves=curves)
+
+        unet, more, top = peak_of(make)
+        return {"unet": unet, "seconds": round(seconds + more, 1), "peak_gib": max(peak, top)}
+
+    def peer(self, name: str, remove: int, layers: tuple[str, ...] = TRANSFORMER) -> dict[str, Any]:
+        """A slim denoiser by a peer, and what it took to make."""
+        job = Job(
+            pipe=self.pipe,
+            statistics=self.statistics,
+            log_statistics=self.log_statistics,
+            prompts=self.texts,
+            sampling=SAMPLING,
+            remove=remove,
+            layers=layers,
+        )
+        unet, seconds, peak = peak_of(lambda: PEERS[name].slim(job))
+        return {"unet": unet, "seconds": seconds, "peak_gib": peak}
+
+    def peer_at_macs(
+        self, name: str, share: float, layers: tuple[str, ...] = TRANSFORMER
+    ) -> dict[str, Any]:
+        """A peer that removes as little as leaves at most this share of the MACs, by bisection."""
+        dense = self.trial.budgeted_macs(self.pipe.unet)
+        low, high, best = 0.0, 1.0, None
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            try:
+                made = self.peer(name, int(middle * self._most(layers)), layers)
+            except slimdiff.SlimdiffError:
+                high = middle
+                continue
+            fits = self.trial.budgeted_macs(made["unet"]) <= share * dense
+            low, high = (low, middle) if fits else (middle, high)
+            best = made if fits else best
+        if best is None:
+            raise slimdiff.SlimdiffError(f"{name} does not reach {share:.0%} of the MACs")
+        return best
+
+    def _most(self, layers: tuple[str, ...]) -> int:
+        groups = slimdiff.groups_of(self.pipe.unet, layers)
+        found = costs.measure(self.pipe.unet, groups, self.trial.one_row).groups
+        return sum(found[g.name].of("params", g.heads * g.width) for g in groups)
+
+    def macs_at_speed(self, speedup: float) -> float:
+        """The share of MACs that slimdiff's denoiser of this speed-up keeps."""
+        made = self.recipe("slimdiff", "probed", slimdiff.Budget(speedup=speedup), layers=None)
+        dense = self.trial.budgeted_macs(self.pipe.unet)
+        return self.trial.budgeted_macs(made["unet"]) / dense
+
+    def measured(self, made: dict[str, Any], count: int) -> dict[str, Any]:
+        """What a denoiser that was made costs and loses, on `count` images."""
+        unet = made["unet"].eval().to(memory_format=torch.channels_last)
+        pipe = self.trial.with_denoiser(unet)
+        error = self.trial.velocity_error(unet)
+        return {
+            **self._size(unet, made),
+            "macs": made["macs"] if "macs" in made else self.trial.macs(unet),
+            "velocity_error": error.relative,
+            "by_timestep": error.by_timestep,
+            **self.trial.quality(pipe, count),
+            "call_speedup": self.trial.call_speedup(unet),
+            "sampling_speedup": self.trial.sampling_speedup(pipe),
+        }
+
+    def cached(self, made: dict[str, Any]) -> dict[str, Any]:
+        """The same under DeepCache, which spares whole calls: a single call says nothing."""
+        unet = made["unet"].eval().to(memory_format=torch.channels_last)
+        pipe = self.trial.with_denoiser(unet)
+        with deepcache(pipe):
+            found = self.trial.quality(pipe, self.size.images)
+            found["sampling_speedup"] = self.trial.sampling_speedup(pipe)
+        return self._size(unet, made) | found
+
+    def _size(self, unet: Any, made: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "params": costs.parameters(unet),
+            "bytes": weight_bytes(unet),
+            "seconds": made["seconds"],
+            "peak_gib": made["peak_gib"],
+        }
