@@ -30,9 +30,10 @@ from slimdiff.decompose.linalg import (
     truncation_curve,
 )
 
-LAG_DAMPING = 1e-5
-"""Ridge of the refit: the products of one image are float32, and lags of a subset of the images
-are not exactly those of one."""
+LAG_DAMPING = 1e-2
+"""Ridge of the refit. Nine taps of a smooth map say much the same, so that a small ridge answers
+with large kernels of both signs, which amplify what other slim layers change. From 1e-5 to 1e-2
+the error on held-out prompts is the same or falls, and the largest weights halve."""
 
 GroupOrder = Literal["elimination", "leverage", "magnitude"]
 
@@ -118,7 +119,9 @@ def resnet_channels(
     if isinstance(order, Tensor):
         order_c = order
     else:
-        order_c = _channels_of(group_order(w_ocyx, lags_lcc, groups, order), channels // groups)
+        order_c = _channels_of(
+            group_order(w_ocyx, lags_lcc, groups, order, damping), channels // groups
+        )
     errors, missing, damping = _curve(w_ocyx, lags_lcc, order_c, refit, damping)
     stairs = errors[:: channels // groups].repeat_interleave(channels // groups)[: channels + 1]
     return ResNetChannels(stairs, missing, order_c, lags_lcc, weight_ocyx, refit, damping)
@@ -140,14 +143,16 @@ def _curve(
     return refit_curve(w_of, l_ff)[::9].contiguous(), missing, raised
 
 
-def group_order(w_ocyx: Tensor, lags_lcc: Tensor, groups: int, order: GroupOrder) -> Tensor:
+def group_order(
+    w_ocyx: Tensor, lags_lcc: Tensor, groups: int, order: GroupOrder, damping: float
+) -> Tensor:
     """Norm groups (g,) int64 by falling importance.
 
     Raises:
         ValueError: unknown `order`.
     """
     if order == "elimination":
-        return _eliminated(spectral_weight(w_ocyx), spectral_moment(lags_lcc), groups)
+        return _eliminated(spectral_weight(w_ocyx), spectral_moment(lags_lcc), groups, damping)
     moment_cc = lags_lcc[0]
     if order == "magnitude":
         score_c = moment_cc.diagonal()
@@ -158,14 +163,14 @@ def group_order(w_ocyx: Tensor, lags_lcc: Tensor, groups: int, order: GroupOrder
     return score_c.view(groups, -1).sum(1).argsort(descending=True, stable=True)
 
 
-def _eliminated(w_woc: Tensor, moment_wcc: Tensor, groups: int) -> Tensor:
+def _eliminated(w_woc: Tensor, moment_wcc: Tensor, groups: int, damping: float) -> Tensor:
     """Backward elimination of whole norm groups, refit included, frequency by frequency.
 
     As for hidden units (see `elimination`), removing group b costs tr(H_bb G_bb^-1), where G is
     the inverse moment and H = W^H W under the present refit; then G loses G_:b G_bb^-1 G_b:, and W
     loses W_b G_bb^-1 G_b:.
     """
-    inverse_wmm = _inverse(moment_wcc)
+    inverse_wmm = _inverse(moment_wcc, damping)
     gram_wmm = w_woc.mH @ w_woc
     share_w = torch.tensor(MULTIPLICITY, dtype=torch.float64, device=w_woc.device)
     size = w_woc.shape[-1] // groups
@@ -190,9 +195,9 @@ def _without(inverse: Tensor, gram: Tensor, start: int, stop: int) -> tuple[Tens
     return inverse, gram[:, stays][:, :, stays] - cross - cross.mH + quadratic
 
 
-def _inverse(moment_wcc: Tensor) -> Tensor:
+def _inverse(moment_wcc: Tensor, damping: float) -> Tensor:
     """Inverses of damped Hermitian moments; the ridge rises until all are positive definite."""
-    ridge_w = LAG_DAMPING * moment_wcc.diagonal(dim1=-2, dim2=-1).real.mean().clamp_min(1e-100)
+    ridge_w = damping * moment_wcc.diagonal(dim1=-2, dim2=-1).real.mean().clamp_min(1e-100)
     eye_cc = torch.eye(moment_wcc.shape[-1], dtype=moment_wcc.dtype, device=moment_wcc.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(moment_wcc + ridge_w * eye_cc)
