@@ -1,0 +1,104 @@
+"""Do slim models keep what float32 promised in bfloat16 and float16? Group by group and together.
+
+    python benchmarks/half.py
+
+Velocity error on the probes against the dense float32 outputs: of the dense model in half
+precision, and of the slim one; and the growth of the largest weight and activation of each group
+over its dense range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slimdiff
+from measuring import write
+from slimdiff.reference.bundled import load_reference
+from slimdiff.reference.captions import prompts
+from slimdiff.widths import measure_curves
+from trial import BATCH, SAMPLING
+
+SHARE = 0.65
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def outputs(unet: nn.Module, calls: list[dict[str, Any]], dtype: torch.dtype) -> Tensor:
+    """All outputs, in float64."""
+    found = []
+    with torch.inference_mode():
+        for call in calls:
+            cast = {
+                k: v.to(dtype) if k != "timestep" and hasattr(v, "to") else v
+                for k, v in call.items()
+            }
+            found.append(unet(**cast)[0].double())
+    return torch.cat(found)
+
+
+def relative(found: Tensor, dense: Tensor) -> float:
+    return float((found - dense).square().sum() / dense.square().sum())
+
+
+def ranges(unet: nn.Module, groups: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Group -> largest |weight| and |activation| of its layers."""
+    found: dict[str, list[float]] = {group.name: [0.0, 0.0] for group in groups}
+    handles = []
+    for group in groups:
+        for path in group.paths.values():
+            layer = unet.get_submodule(path)
+            found[group.name][0] = max(found[group.name][0], float(layer.weight.abs().max()))
+
+            def note(_m: Any, _i: Any, out: Tensor, name: str = group.name) -> None:
+                found[name][1] = max(found[name][1], float(out.abs().max()))
+
+            handles.append(layer.register_forward_hook(note))
+    outputs(unet, calls, torch.float32)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
+    options = parser.parse_args()
+    pipe = load_reference("scenes-unet", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    unet, folder = pipe.unet, options.work / "full" / "uniform"
+    config = slimdiff.CalibrationConfig(batch_size=BATCH, **SAMPLING)
+    statistics = slimdiff.calibrate(pipe, prompts("calibration", 128), config, checkpoint=folder)
+    curves = measure_curves(unet, statistics, folder=folder)
+    plan = slimdiff.allocate(unet, statistics, slimdiff.Budget(params=SHARE), curves=curves)
+    slim = slimdiff.rewrite(copy.deepcopy(unet), statistics, plan, curves=curves)
+    groups, calls = slimdiff.groups_of(unet), statistics.probes.batches(8)
+    exact = outputs(unet, calls, torch.float32)
+    result: dict[str, Any] = {
+        "params_share": SHARE,
+        "float32": relative(outputs(slim, calls, torch.float32), exact),
+        "dtypes": {},
+    }
+    for dtype in DTYPES:
+        pair = [copy.deepcopy(model).to(dtype) for model in (unet, slim)]
+        dense, own = (relative(outputs(model, calls, dtype), exact) for model in pair)
+        result["dtypes"][str(dtype).removeprefix("torch.")] = {"dense": dense, "slim": own}
+    before, after = ranges(unet, groups, calls), ranges(slim, groups, calls)
+    growth = {
+        group.name: [a / b for a, b in zip(after[group.name], before[group.name], strict=True)]
+        for group in groups
+    }
+    for i, what in enumerate(("weight", "activation")):
+        name = max(growth, key=lambda n: growth[n][i])
+        result[f"largest_growth_of_a_{what}"] = {"group": name, "times": growth[name][i]}
+        result[f"groups_whose_{what}_grows_over_2"] = sum(g[i] > 2 for g in growth.values())
+    print(result)
+    write("half", result)
+
+
+if __name__ == "__main__":
+    main()
