@@ -6,9 +6,11 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rendering import made_by, table
+from speed_tables import faster, scale, speed
 
 HERE = Path(__file__).parent
 ERROR = "velocity_error"
@@ -19,19 +21,6 @@ Every figure here was written by a script of this folder; `python benchmarks/tab
 page from `results/`. Times are of one run on the machine named with them, which other jobs shared:
 read them as upper bounds.
 """
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    lines.insert(1, "|" + "---|" * len(head))
-    return "\n".join(lines)
-
-
-def made_by(result: dict[str, Any]) -> str:
-    """The machine and the command of a result."""
-    m = result["machine"]
-    return f"`{m['command']}` on {m['cpu']}, {m['threads']} threads, torch {m['torch']}."
 
 
 def evidence(result: dict[str, Any]) -> str:
@@ -113,79 +102,48 @@ def ablations(result: dict[str, Any]) -> str:
     )
 
 
-def speed(results: Sequence[dict[str, Any]]) -> str:
-    """Fewer MACs against less time."""
+def elastic(result: dict[str, Any]) -> str:
+    """Two widths over the timesteps against one."""
     rows = [
         [
-            result["model"],
-            f"{result['dtype']}, {result['latents']} by {result['latents']}",
-            f"{row['removed']:.0%}",
-            f"{result['params'] / 1e6:.0f} M to {row['params'] / 1e6:.0f} M",
-            f"{row['dense_seconds']:.2f} s to {row['slim_seconds']:.2f} s",
-            f"{row['speedup']:.2f}",
-            f"{row['macs_allow']:.2f}",
-            f"{row['share_reached']:.0%}",
+            f"{row['macs']:.0%}",
+            f"{row['low']:.0%} at {row['cheap_steps']} of {row['steps']} steps, else "
+            f"{row['high']:.0%}",
+            f"{row['one_width']:.2e}",
+            f"{row['two_widths']:.2e}",
+            f"{row['ratio']:.2f}",
         ]
-        for result in results
         for row in result["rows"]
     ]
-    head = (
-        "UNet",
-        "dtype, latents",
-        "of attention and feed-forward removed",
-        "parameters",
-        "one call",
-        "times faster",
-        "the MACs allow",
-        "reached",
+    head = ("mean MACs", "two widths", "error of one width", "of two", "ratio")
+    return (
+        "## Two widths over the timesteps\n\nVelocity error on selection prompts at equal mean "
+        "MACs; timesteps are assigned on one half of the prompts and judged on the other.\n\n"
+        f"{table(head, rows)}\n\n{made_by(result)}\n"
     )
-    more = [
-        [
-            result["model"],
-            result["dtype"],
-            f"{result['recording']['plain_seconds']:.2f} s",
-            f"{result['recording']['recorded_seconds']:.2f} s",
-            f"{result['recording']['overhead']:.0%}",
-            f"{result['rows'][0]['save_seconds']:.1f} s",
-            f"{result['rows'][0]['load_seconds']:.1f} s",
-        ]
-        for result in results
+
+
+def half(result: dict[str, Any]) -> str:
+    """Slim models in half precision."""
+    rows = [
+        [name, f"{found['dense']:.2e}", f"{found['slim']:.2e}"]
+        for name, found in result["dtypes"].items()
     ]
-    titles = ("UNet", "dtype", "plain call", "recorded", "recording adds", "save", "load")
-    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
+    growth = "; ".join(
+        f"the largest {what} grows at most {found['times']:.2f} times ({found['group']}), over "
+        f"twice in {result[f'groups_whose_{what}_grows_over_2']} groups"
+        for what in ("weight", "activation")
+        if (found := result[f"largest_growth_of_a_{what}"])
+    )
     return (
-        "## Speed at real size\n\nRandom weights, the same share of every attention and "
-        "feed-forward width removed; medians of interleaved calls at batch 1.\n\n"
-        f"{table(head, rows)}\n\nA call at batch 2 with statistics being recorded (float32 sums) "
-        f"against a plain one, and the slim UNet of the first row saved and loaded.\n\n"
-        f"{table(titles, more)}\n\n{commands}\n"
+        f"## Half precision\n\nVelocity error on the probes against the dense float32 model, with "
+        f"{result['params_share']:.0%} of the parameters left; the slim model in float32 has "
+        f"{result['float32']:.2e}. Over the dense range, {growth}.\n\n"
+        f"{table(('dtype', 'dense', 'slim'), rows)}\n\n{made_by(result)}\n"
     )
 
 
-def scale(results: Sequence[dict[str, Any]]) -> str:
-    """Stages on UNets of real size."""
-    stages = list(results[0]["stages"])
-    rows = []
-    for result in results:
-        plan, found = result["plan"], result["stages"]
-        cells = [
-            f"{found[s]['seconds']:.0f} s / {found[s]['peak_above_model_gib']:.1f} GiB"
-            for s in stages
-        ]
-        size = f"{plan['params_dense'] / 1e6:.0f} M to {plan['params'] / 1e6:.0f} M"
-        run = (
-            f"{result['dtype'].removeprefix('torch.')}, {result['latents']} by {result['latents']}"
-        )
-        how = f"{result['recipe']}, {result['allocation']}"
-        rows.append([result["model"], size, run, how, *cells])
-    head = ("UNet", "parameters", "dtype, latents", "recipe, allocation", *stages)
-    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
-    return (
-        "## Scale\n\nPublished configurations with random weights, one process each: seconds and "
-        "peak memory above the model of every stage (record: two forwards). `curves` decomposes "
-        "every group and measures its gain.\n\n"
-        f"{table(head, rows)}\n\n{commands}\n"
-    )
+OTHERS = {"elastic": elastic, "half": half}
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -228,6 +186,9 @@ def main() -> None:
         parts.append(scale(scales))
     if speeds := [result for name, result in found.items() if name.startswith("speed-")]:
         parts.append(speed(speeds))
+    if results := [result for name, result in found.items() if name.startswith("faster-")]:
+        parts.append(faster(results))
+    parts += [show(found[name]) for name, show in OTHERS.items() if name in found]
     (HERE / "README.md").write_text("\n".join(parts))
 
 

@@ -114,3 +114,17 @@ def test_moments_that_are_not_finite_are_refused(bad):
     c_nn[1, 2] = bad
     with pytest.raises(ValueError, match="to_out holds infinities or NaN"):
         linalg.checked_moment(c_nn, "to_out", (3, 3))
+
+
+def test_raised_factor_raises_the_ridge_until_the_matrix_is_definite():
+    calls = []
+
+    def indefinite() -> torch.Tensor:
+        calls.append(1)
+        return torch.diag(torch.tensor([1.0, 1.0, -0.05], dtype=torch.float64))
+
+    factor, damping = linalg.raised_factor(indefinite, 0.65, 1e-3)
+    assert damping == pytest.approx(0.1) and len(calls) == 3
+    ridge = torch.diag(torch.full((3,), 0.065, dtype=torch.float64))
+    assert_close(factor @ factor.mT, indefinite() + ridge)
+    assert torch.equal(factor, factor.tril())

@@ -4,6 +4,8 @@ Shape letters: `n` the size of a moment, `o` output channels, `s` kept and `t` r
 A leading `...` is a batch, for instance of heads. All functions work in float64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -93,19 +95,31 @@ def triangular_factor(c_nn: Tensor) -> Tensor:
     return (upper_nn * signs_n.unsqueeze(-1)).mT
 
 
-def raised_factor_(c_nn: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Lower-triangular L with L L^T = `c_nn` (n, n), which has the ridge `damping` already.
+def raised_factor(
+    make: Callable[[], Tensor], mean_diagonal: float, damping: float
+) -> tuple[Tensor, float]:
+    """Lower-triangular L with L L^T = `make()` + `damping` * `mean_diagonal` * I, and `damping`.
 
-    Where that is not positive definite, ten times the ridge is tried, and so on; the second value
-    is the damping at which it was. The diagonal of `c_nn` is modified.
+    Where that is not positive definite, ten times the damping is tried, and so on. `make` gives
+    the (n, n) matrix afresh, because it is factored in place.
     """
-    ridge = float(ridge_of(c_nn, damping))
     while True:
-        factor_nn, failed = torch.linalg.cholesky_ex(c_nn)
-        if not bool(failed.any()):
+        c_nn = make()
+        c_nn.diagonal().add_(damping * max(mean_diagonal, _TINY))
+        factor_nn, failed = _factored_(c_nn)
+        if not failed:
             return factor_nn, damping
-        c_nn.diagonal().add_(9 * ridge)
-        ridge, damping = 10 * ridge, 10 * damping
+        damping *= 10
+
+
+def _factored_(c_nn: Tensor) -> tuple[Tensor, bool]:
+    """Cholesky over the columns of a symmetric matrix, without a copy of it on a CPU."""
+    if c_nn.device.type != "cpu":
+        factor_nn, failed = torch.linalg.cholesky_ex(c_nn)
+        return factor_nn, bool(failed)
+    columns_nn, info = c_nn.mT, torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(columns_nn, out=(columns_nn, info))
+    return columns_nn, bool(info)
 
 
 def inverse_root_(l_nn: Tensor) -> Tensor:

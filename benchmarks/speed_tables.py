@@ -1,0 +1,128 @@
+"""Tables of what was measured at real size: stages, speed, and speed that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rendering import made_by, table
+
+
+def speed(results: Sequence[dict[str, Any]]) -> str:
+    """Fewer MACs against less time."""
+    rows = [
+        [
+            result["model"],
+            f"{result['dtype']}, {result['latents']} by {result['latents']}",
+            f"{row['removed']:.0%}",
+            f"{result['params'] / 1e6:.0f} M to {row['params'] / 1e6:.0f} M",
+            f"{row['dense_seconds']:.2f} s to {row['slim_seconds']:.2f} s",
+            f"{row['speedup']:.2f}",
+            f"{row['macs_allow']:.2f}",
+            f"{row['share_reached']:.0%}",
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = (
+        "UNet",
+        "dtype, latents",
+        "of attention and feed-forward removed",
+        "parameters",
+        "one call",
+        "times faster",
+        "the MACs allow",
+        "reached",
+    )
+    more = [
+        [
+            result["model"],
+            result["dtype"],
+            f"{result['recording']['plain_seconds']:.2f} s",
+            f"{result['recording']['recorded_seconds']:.2f} s",
+            f"{result['recording']['overhead']:.0%}",
+            f"{result['rows'][0]['save_seconds']:.1f} s",
+            f"{result['rows'][0]['load_seconds']:.1f} s",
+        ]
+        for result in results
+    ]
+    titles = ("UNet", "dtype", "plain call", "recorded", "recording adds", "save", "load")
+    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
+    return (
+        "## Speed at real size\n\nRandom weights, the same share of every attention and "
+        "feed-forward width removed; medians of interleaved calls at batch 1.\n\n"
+        f"{table(head, rows)}\n\nA call at batch 2 with statistics being recorded (float32 sums) "
+        f"against a plain one, and the slim UNet of the first row saved and loaded.\n\n"
+        f"{table(titles, more)}\n\n{commands}\n"
+    )
+
+
+def scale(results: Sequence[dict[str, Any]]) -> str:
+    """Stages on UNets of real size."""
+    stages = list(results[0]["stages"])
+    rows = []
+    for result in results:
+        plan, found = result["plan"], result["stages"]
+        cells = [
+            f"{found[s]['seconds']:.0f} s / {found[s]['peak_above_model_gib']:.1f} GiB"
+            for s in stages
+        ]
+        size = f"{plan['params_dense'] / 1e6:.0f} M to {plan['params'] / 1e6:.0f} M"
+        run = (
+            f"{result['dtype'].removeprefix('torch.')}, {result['latents']} by {result['latents']}"
+        )
+        how = f"{result['recipe']}, {result['allocation']}"
+        rows.append([result["model"], size, run, how, *cells])
+    head = ("UNet", "parameters", "dtype, latents", "recipe, allocation", *stages)
+    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
+    return (
+        "## Scale\n\nPublished configurations with random weights, one process each: seconds and "
+        "peak memory above the model of every stage (record: two forwards). `curves` decomposes "
+        "every group and measures its gain.\n\n"
+        f"{table(head, rows)}\n\n{commands}\n"
+    )
+
+
+def faster(results: Sequence[dict[str, Any]]) -> str:
+    """Latency budgets: asked and measured."""
+    rows = [
+        [
+            result["model"],
+            f"{result['dtype']}, {result['latents']} by {result['latents']}",
+            f"{row['wanted']}",
+            *(
+                [
+                    f"{row['speedup']:.2f}",
+                    f"{row['dense_seconds']:.2f} s to {row['slim_seconds']:.2f} s",
+                    f"{result['params'] / 1e6:.0f} M to {row['params'] / 1e6:.0f} M",
+                    f"{row['macs'] / result['macs']:.0%}",
+                    f"{row['share_reached']:.0%}",
+                ]
+                if "speedup" in row
+                else [row["unavailable"], "", "", "", ""]
+            ),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = (
+        "UNet",
+        "dtype, latents",
+        "times faster, asked",
+        "measured",
+        "one call",
+        "parameters",
+        "MACs left",
+        "of what the MACs allow",
+    )
+    commands = "\n".join(
+        f"- {result['model']}, {result['dtype']}: {result['profile_seconds']:.0f} s to time the "
+        f"layers; {made_by(result)}"
+        for result in results
+    )
+    return (
+        "## Speed that was asked for\n\nRandom weights; ResNets, attention and feed-forward all "
+        "keep the same share of their widths, as much as the time allows. Dense and slim calls at "
+        "batch 1, interleaved, apart from the search.\n\n"
+        f"{table(head, rows)}\n\n{commands}\n"
+    )
