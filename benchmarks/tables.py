@@ -14,7 +14,6 @@ from speed_tables import faster, scale, speed
 
 HERE = Path(__file__).parent
 ERROR = "velocity_error"
-START, END = "<!-- figures: benchmarks/tables.py -->", "<!-- end of figures -->"
 HEAD = """# Benchmarks
 
 Every figure here was written by a script of this folder; `python benchmarks/tables.py` renders this
@@ -165,12 +164,35 @@ def headline(result: dict[str, Any]) -> str:
     return table(head, cells)
 
 
-def put_headline(result: dict[str, Any]) -> None:
-    """Replace the README's table, which stands between two comments."""
+def whole(result: dict[str, Any]) -> str:
+    """The README's other table: ResNets too."""
+    rows = [row for name, row in result["rows"].items() if name.startswith(("whole", "speed"))]
+    dense = result["rows"]["dense"]
+    cells = [
+        [
+            row["group"],
+            row["method"],
+            f"{row['params'] / dense['params']:.0%}",
+            f"{row['macs'] / dense['macs']:.0%}",
+            f"{row['velocity_error']:.1e}",
+            f"{row['psnr']:.1f} dB",
+            f"{row['scene_accuracy']:.1%} of {row['images']}",
+            f"{row['call_speedup']:.2f}",
+        ]
+        for row in sorted(rows, key=lambda row: (row["group"], row["velocity_error"]))
+    ]
+    head = ("", "", "parameters", "MACs", "velocity error", "PSNR", "scenes right", "call, faster")
+    return table(head, cells)
+
+
+def put_headlines(result: dict[str, Any]) -> None:
+    """Replace the README's tables, which stand between comments."""
     path = HERE.parent / "README.md"
-    before, rest = path.read_text().split(START)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n{headline(result)}\n{END}{after}")
+    for name, render in (("figures", headline), ("whole", whole)):
+        start, end = f"<!-- {name}: benchmarks/tables.py -->", f"<!-- end of {name} -->"
+        before, rest = path.read_text().split(start)
+        after = rest.split(end)[1]
+        path.write_text(f"{before}{start}\n{render(result)}\n{end}{after}")
 
 
 def main() -> None:
@@ -179,7 +201,7 @@ def main() -> None:
     parts = [HEAD]
     if "evidence" in found:
         parts.append(evidence(found["evidence"]))
-        put_headline(found["evidence"])
+        put_headlines(found["evidence"])
     if "ablations" in found:
         parts.append(ablations(found["ablations"]))
     if scales := [result for name, result in found.items() if name.startswith("scale-")]:
