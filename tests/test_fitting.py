@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 import slimdiff
 from slimdiff import profiling
+from slimdiff.cli import main
 from slimdiff.curves import probes_of
 from slimdiff.fitting import TOLERANCE, Timed, fit_error, fit_speedup, measured_error, timed
 from slimdiff.profile import Profile
 from slimdiff.shapes import slim_config
 from slimdiff.widths import measure_curves
 from tiny_models import TINY_MODELS
+from tiny_pipeline import tiny_pipeline
 
 DENSE = 10**9
 
@@ -165,3 +167,29 @@ def test_memory_is_parameters_in_the_denoisers_dtype(model):
     budget = slimdiff.Budget(memory=f"{int(0.8 * params * 4)}B")
     plan = slimdiff.allocate(unet, statistics, budget, curves=curves)
     assert 0.78 * params < plan.figures["params"] <= 0.8 * params
+
+
+def test_command_line_takes_measured_budgets(tmp_path: Path, monkeypatch, capsys):
+    tiny_pipeline(seed=0).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    monkeypatch.chdir(tmp_path)
+    how = ["--prompts", "prompts.txt", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+
+    def compress(*budget: str):
+        with pytest.raises(SystemExit) as done:
+            main(["compress", "tiny", "-o", "slim", *how, "--no-report", *budget])
+        return done.value.code, capsys.readouterr()
+
+    code, printed = compress("--quality", "0.05")
+    assert not code and "--quality 0.05" in printed.out
+    plan = slimdiff.Plan.read(tmp_path / "slim" / "unet" / "slimdiff.json")
+    assert plan.figures["measured_error"] <= 0.05
+    code, printed = compress("--latency", "10s")
+    assert not code and "times faster" in printed.out
+    code, printed = compress("--speedup", "1000")
+    assert code == 2 and "out of reach" in printed.err and "Traceback" not in printed.err
+    assert (tmp_path / "slim" / "model_index.json").is_file()
+    code, printed = compress("--speedup", "2", "--quality", "0.1")
+    assert code == 2 and "exactly one" in printed.err
+    code, printed = compress("--memory", "much")
+    assert code == 2 and "1.2GB" in printed.err
