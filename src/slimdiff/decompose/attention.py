@@ -54,7 +54,9 @@ def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
     U diag(sigma) V^T has the singular values of the whitened Cx^1/2 Wq^T Wk Cc^1/2 (SlimDiff,
     arXiv 2509.21498, after MoDeGPT), with statistics of e by e instead of channels by channels.
     The balanced maps Tq = Sq^-1/2 U sigma^1/2 and Tk = Sk^-1/2 V sigma^1/2 are computed in the
-    equal form Tq = Sk^1/2 V sigma^-1/2 and Tk = Sq^1/2 U sigma^-1/2, which inverts no moment.
+    equal form Tq = Sk^1/2 V sigma^-1/2 and Tk = Sq^1/2 U sigma^-1/2, which inverts no moment. Then
+    E|q'|^2 = E|k'|^2 = sum(sigma) <= (tr Sq tr Sk)^1/2; a factor per head gives both the ratio that
+    they had, so that neither outgrows its dense range in the mean.
 
     Args:
         q_moment_hee: (heads, e, e) moment E[q q^T] of the queries, biases included.
@@ -70,12 +72,20 @@ def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
     u_hee, sigma_he, vt_hee = torch.linalg.svd(q_root_hee @ k_root_hee)
     seen_he = sigma_he > SIGMA_FLOOR * sigma_he[:, :1]
     balance_h1e = torch.where(seen_he, sigma_he, 1.0).rsqrt().mul(seen_he).unsqueeze(-2)
+    ratio_h11 = _energy_ratio(q_root_hee, k_root_hee)
     return QueryKey(
         errors=tail_sums(sigma_he.square().sum(0)),
         missing=max(q_missing, k_missing),
-        query_hee=k_root_hee @ vt_hee.mT * balance_h1e,
-        key_hee=q_root_hee @ u_hee * balance_h1e,
+        query_hee=k_root_hee @ vt_hee.mT * balance_h1e * ratio_h11,
+        key_hee=q_root_hee @ u_hee * balance_h1e / ratio_h11,
     )
+
+
+def _energy_ratio(q_root_hee: Tensor, k_root_hee: Tensor) -> Tensor:
+    """(tr Sq / tr Sk)^1/4 of every head, (h, 1, 1); 1 where either is zero."""
+    q_h, k_h = (root.square().sum((-2, -1)) for root in (q_root_hee, k_root_hee))
+    seen_h = (q_h > 0) & (k_h > 0)
+    return torch.where(seen_h, q_h / k_h, 1.0).pow(0.25).view(-1, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
