@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 # The main job on the bundled reference: calibrate, slim, save, reload, same prompts and seeds.
 demo: $(STAMP)
-	$(VENV)/bin/slimdiff compress --num-prompts 64 --batch-size 16
+	$(VENV)/bin/slimdiff compress --params 0.5 --num-prompts 64 --batch-size 16
 	$(VENV)/bin/slimdiff compare scenes-unet scenes-unet-slim --out scenes-unet-compare.png
 
 test: $(STAMP)

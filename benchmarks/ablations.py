@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import slimdiff
-from measuring import RESULTS, Rows, machine
+from measuring import RESULTS, Rows, command
 from peers.job import removable
 from slimdiff.config import RECIPES, TRANSFORMER, Recipe
 from slimdiff.reference.captions import prompts
@@ -168,7 +168,7 @@ def write_prompt_counts(rows: dict[str, dict[str, Any]]) -> None:
     """Error by number of calibration prompts, for `slimdiff report`."""
     found = {int(n.split()[1]): r["errors"] for n, r in rows.items() if n.startswith("prompts: ")}
     counts = [{"prompts": n, "velocity_error": e["0.41"]} for n, e in sorted(found.items())]
-    made = made_by(command=machine()["command"])
+    made = made_by(command=command())
     write(RESULTS / "prompt-counts.json", {"made": made, "prompt_counts": counts})
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import slimdiff
-from measuring import Rows, peak_of
-from peers import PEERS, Job, deepcache, weight_bytes
-from peers.job import removable
+from measuring import RESULTS, Rows, peak_of
+from peers import PEERS, Job, at_macs, deepcache, weight_bytes
+from peers.job import removable, seconds_spared
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.reference.captions import prompts
@@ -22,7 +22,6 @@ MANY = 512
 """Test prompts of the dense row and of the headline, whose accuracies are compared to a point."""
 
 SHARES = (0.20, 0.41, 0.60, 0.75)
-BISECTIONS = 7
 
 
 class Bench:
@@ -43,8 +42,8 @@ class Bench:
         }
         self.trial = Trial(self.size)
         self.pipe = self.trial.pipe
-        self.rows = Rows("evidence-quick" if options.quick else "evidence", settings)
         self.work = options.work / ("quick" if options.quick else "full")
+        self.rows = Rows("evidence", settings, self.work if options.quick else RESULTS)
         (self.statistics, seconds, _) = peak_of(lambda: self.calibrated("uniform"))
         print(f"calibration on {len(self.texts)} prompts: {seconds} s (0 if it was kept)")
         self.log_statistics = self.calibrated("log")
@@ -63,7 +62,7 @@ class Bench:
     def curves(
         self, recipe: str, allocation: str, layers: tuple[str, ...] | None
     ) -> tuple[Any, float, float]:
-        """Error curves, and the seconds and GiB that they took."""
+        """Error curves, and the seconds and MiB that they took."""
         key = (recipe, "probed" if allocation == "probed" else "", layers)
         if key not in self._curves:
             self._curves[key] = peak_of(
@@ -93,10 +92,10 @@ class Bench:
             return slimdiff.rewrite(unet, self.statistics, plan, curves=curves)
 
         unet, more, top = peak_of(make)
-        return {"unet": unet, "seconds": round(seconds + more, 1), "peak_gib": max(peak, top)}
+        return {"unet": unet, "seconds": round(seconds + more, 1), "peak_mib": max(peak, top)}
 
     def peer(self, name: str, remove: int, layers: tuple[str, ...] = TRANSFORMER) -> dict[str, Any]:
-        """A slim denoiser by a peer, and what it took to make."""
+        """A slim denoiser by a peer, and what it took to make, as if nothing had been kept."""
         job = Job(
             pipe=self.pipe,
             statistics=self.statistics,
@@ -106,39 +105,33 @@ class Bench:
             remove=remove,
             layers=layers,
         )
+        before = seconds_spared(self.pipe.unet)
         unet, seconds, peak = peak_of(lambda: PEERS[name].slim(job))
-        return {"unet": unet, "seconds": seconds, "peak_gib": peak}
+        seconds += seconds_spared(self.pipe.unet) - before
+        return {"unet": unet, "seconds": round(seconds, 1), "peak_mib": peak}
 
     def peer_at_macs(
         self, name: str, share: float, layers: tuple[str, ...] = TRANSFORMER
     ) -> dict[str, Any]:
-        """A peer that removes as little as leaves at most this share of the MACs, by bisection."""
-        dense = self.trial.budgeted_macs(self.pipe.unet)
-        low, high, best = 0.0, 1.0, None
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            try:
-                made = self.peer(name, int(middle * self._most(layers)), layers)
-            except slimdiff.SlimdiffError:
-                high = middle
-                continue
-            fits = self.trial.budgeted_macs(made["unet"]) <= share * dense
-            low, high = (low, middle) if fits else (middle, high)
-            best = made if fits else best
-        if best is None:
-            raise slimdiff.SlimdiffError(f"{name} does not reach {share:.0%} of the MACs")
-        return best
+        """A peer that removes as little as leaves at most this share of the MACs."""
+        target = share * self.trial.macs(self.pipe.unet)
+        return at_macs(
+            lambda remove: self.peer(name, remove, layers),
+            lambda made: self.trial.macs(made["unet"]),
+            target,
+            removable(self.pipe.unet, layers),
+        )
 
-    def _most(self, layers: tuple[str, ...]) -> int:
-        groups = slimdiff.groups_of(self.pipe.unet, layers)
-        found = costs.measure(self.pipe.unet, groups, self.trial.one_row).groups
-        return sum(found[g.name].of("params", g.heads * g.width) for g in groups)
+    def macs_of_row(self, name: str) -> float:
+        """The share of MACs that the denoiser of a measured row keeps.
 
-    def macs_at_speed(self, speedup: float) -> float:
-        """The share of MACs that slimdiff's denoiser of this speed-up keeps."""
-        made = self.recipe("slimdiff", "probed", slimdiff.Budget(speedup=speedup), layers=None)
-        dense = self.trial.budgeted_macs(self.pipe.unet)
-        return self.trial.budgeted_macs(made["unet"]) / dense
+        Raises:
+            SlimdiffError: there is no such denoiser.
+        """
+        row = self.rows.rows[name]
+        if "macs" not in row:
+            raise slimdiff.SlimdiffError(f"{name}: {row['unavailable']}")
+        return row["macs"] / self.trial.macs(self.pipe.unet)
 
     def measured(self, made: dict[str, Any], count: int) -> dict[str, Any]:
         """What a denoiser that was made costs and loses, on `count` images."""
@@ -169,5 +162,5 @@ class Bench:
             "params": costs.parameters(unet),
             "bytes": weight_bytes(unet),
             "seconds": made["seconds"],
-            "peak_gib": made["peak_gib"],
+            "peak_mib": made["peak_mib"],
         }

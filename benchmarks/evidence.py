@@ -1,7 +1,8 @@
 """slimdiff beside its peers on the bundled pipeline, on held-out test prompts, in one run.
 
     python benchmarks/evidence.py            # hours; goes on where it was stopped
-    python benchmarks/evidence.py --quick    # minutes: 41 %, and half of the UNet, few prompts
+    python benchmarks/evidence.py --quick    # minutes: 41 %, and half of the UNet, few prompts;
+                                             # its results stay in the work folder
     python benchmarks/evidence.py --only "41%"
 
 Every row removes the same number of parameters from attention and feed-forward layers (20, 41, 60
@@ -16,7 +17,14 @@ import argparse
 from pathlib import Path
 
 from bench import Bench
-from rows import other_rows, rows_by_macs, rows_by_parameters, rows_of_the_whole
+from evidence_tables import evidence
+from rows import (
+    other_rows,
+    rows_by_macs,
+    rows_by_parameters,
+    rows_by_speed,
+    rows_of_the_whole,
+)
 
 
 def main() -> None:
@@ -32,10 +40,13 @@ def main() -> None:
         *rows_by_parameters(bench),
         *rows_by_macs(bench),
         *rows_of_the_whole(bench),
+        *rows_by_speed(bench),
     ]
     for row in reversed(rows) if options.backwards else rows:
         if options.only in row.name:
             bench.rows.measure(row.name, row.measured)
+    if options.quick and "dense" in bench.rows.rows:
+        print(evidence(bench.rows.result))
 
 
 if __name__ == "__main__":

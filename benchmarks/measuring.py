@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -18,7 +20,8 @@ import torch
 
 import slimdiff
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 class Stages:
@@ -61,15 +64,20 @@ class Rows:
     that were measured with other settings do not count and are measured again.
     """
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        self.path = RESULTS / f"{name}.json"
+    def __init__(self, name: str, settings: dict[str, Any], folder: Path = RESULTS) -> None:
+        self.path = folder / f"{name}.json"
         self.settings = json.loads(json.dumps(settings))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the file holds, if it is of these settings."""
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return kept if kept.get("settings") == self.settings else {"rows": {}}
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
         """Name -> row, of all that are there."""
-        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        return kept["rows"] if kept.get("settings") == self.settings else {}
+        return self.result["rows"]
 
     def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, unless it is there."""
@@ -87,13 +95,14 @@ class Rows:
 
 
 def peak_of(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a call returns, its seconds, and the most GiB that the process grew by meanwhile."""
+    """What a call returns, its seconds, and the most MiB that the process grew by meanwhile."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _status_gib("VmRSS"), time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
-    return result, round(seconds, 1), round(_status_gib("VmHWM") - before, 2)
+    return result, round(seconds, 1), round(1024 * (_status_gib("VmHWM") - before), 1)
 
 
 def machine() -> dict[str, Any]:
@@ -107,7 +116,7 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     return {
-        "command": shlex.join(["python", *map(_short, sys.argv)]),
+        "command": command(),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -115,9 +124,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _short(argument: str) -> str:
-    """An absolute path says where things lie on one machine only: keep its name."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+def command() -> str:
+    """The command that gives a whole result anywhere.
+
+    Left out are the folder that things lie in here, and which part of the rows this process took.
+    """
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--work", "--only"):
+        ours.add_argument(option)
+    ours.add_argument("--backwards", action="store_true")
+    script = Path(sys.argv[0])
+    name = script.relative_to(HERE.parent) if script.is_relative_to(HERE.parent) else script
+    return shlex.join(["python", str(name), *ours.parse_known_args(sys.argv[1:])[1]])
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

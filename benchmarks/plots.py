@@ -15,18 +15,34 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402  # the backend comes first
 
 HERE = Path(__file__).parent
-OURS = "slimdiff, probed"
+OURS, WHOLE = "slimdiff, probed", ", ResNets too"
 COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]  # a listed colour map
 
 
 def families(rows: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its rows at rising shares removed, the dense point first."""
+    """Method -> its rows at rising shares of parameters removed, the dense point first."""
     dense = rows["dense"]
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows.values():
-        if "removed" in row and row is not dense and "unavailable" not in row:
-            found.setdefault(row["method"], [dense]).append(row)
-    return {m: sorted(r, key=lambda row: row["removed"]) for m, r in sorted(found.items())}
+    for name, row in rows.items():
+        whole = name.startswith("whole")
+        if (whole or row.get("removed")) and "unavailable" not in row:
+            found.setdefault(row["method"] + whole * WHOLE, [dense]).append(row)
+    return {m: sorted(r, key=lambda row: -row["params"]) for m, r in sorted(found.items())}
+
+
+def style_of(method: str, methods: list[str]) -> dict[str, Any]:
+    """One colour and marker for a method; slimdiff thick and black, dashed where ResNets shrink."""
+    base = method.removesuffix(WHOLE)
+    number, ours = methods.index(base), base == OURS
+    return {
+        "color": "black" if ours else COLOURS[number % 10],
+        "linewidth": 2.4 if ours else 1.1,
+        "linestyle": "-" if method == base else "--",
+        "marker": "o" if ours else "sv^<>DPXd*"[number % 10],
+        "markersize": 5 if ours else 4,
+        "label": method,
+        "zorder": 3 if ours else 2,
+    }
 
 
 def main() -> None:
@@ -37,16 +53,9 @@ def main() -> None:
     plt.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     params = rows["dense"]["params"]
-    for number, (method, points) in enumerate(families(rows).items()):
-        ours = method == OURS
-        style: dict[str, Any] = {
-            "color": "black" if ours else COLOURS[number % 10],
-            "linewidth": 2.4 if ours else 1.1,
-            "marker": "o" if ours else "sv^<>DPXd*"[number % 10],
-            "markersize": 5 if ours else 4,
-            "label": method,
-            "zorder": 3 if ours else 2,
-        }
+    found = families(rows)
+    for method, points in found.items():
+        style = style_of(method, [m for m in found if not m.endswith(WHOLE)])
         accuracy = [100 * p["scene_accuracy"] for p in points]
         stays = [100 * p["params"] / params for p in points]
         times = [1 / p["sampling_speedup"] for p in points[1:]]

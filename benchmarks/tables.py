@@ -9,77 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evidence_tables import evidence, headline, whole
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
 HERE = Path(__file__).parent
-ERROR = "velocity_error"
 HEAD = """# Benchmarks
 
 Every figure here was written by a script of this folder; `python benchmarks/tables.py` renders this
 page from `results/`. Times are of one run on the machine named with them, which other jobs shared:
 read them as upper bounds.
 """
-
-
-def evidence(result: dict[str, Any]) -> str:
-    """slimdiff beside its peers."""
-    rows, settings = result["rows"], result["settings"]
-    parts = [
-        f"## Beside the peers, on scenes-unet{' (quick)' if settings['quick'] else ''}\n\n"
-        f"One calibration on {settings['calibration_prompts']} prompts for all rows. Velocity "
-        f"error along the dense trajectory of {settings['errors']} test prompts; images of the "
-        f"number of test prompts given with the accuracy (dense and the headline get more). "
-        f"`faster` is the sampling of one image, 20 steps without the VAE, dense and slim in turn, "
-        f"on a machine that ran other jobs beside. MACs are those of 77 text tokens; a budget in "
-        f"MACs counts the fewer tokens of the reference's own prompts. "
-        f"Seconds are those of compressing after calibration. Origin `ours` is a small "
-        f"implementation in `benchmarks/peers/`; the others are the public packages."
-    ]
-    dense = rows["dense"]
-    head = (
-        "method",
-        "origin",
-        "parameters",
-        "MACs",
-        "velocity error",
-        "scenes right (95 %)",
-        "of",
-        "PSNR",
-        "SSIM",
-        "faster",
-        "seconds",
-        "GiB",
-    )
-    ordered = sorted(rows.values(), key=lambda row: (row.get("removed", 1), row.get(ERROR, 1)))
-    for title in dict.fromkeys(row["group"] for row in ordered):
-        cells = [evidence_row(row, dense) for row in ordered if row["group"] == title]
-        parts.append(f"### {title}\n\n{table(head, cells)}")
-    parts.append(made_by(result))
-    return "\n\n".join(parts) + "\n"
-
-
-def evidence_row(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    """One row of the evidence, or why there is none."""
-    if "unavailable" in row:
-        return [row["method"], row["unavailable"], *[""] * 10]
-    low, high = row["interval"]
-    macs = f"{row['macs'] / dense['macs']:.1%}" if "macs" in row else ""
-    error = f"{row['velocity_error']:.2e}" if "velocity_error" in row else ""
-    return [
-        row["method"],
-        row.get("origin", ""),
-        f"{row['params'] / dense['params']:.1%}",
-        macs,
-        error,
-        f"{row['scene_accuracy']:.1%} ({low:.1%} to {high:.1%})",
-        str(row["images"]),
-        f"{row['psnr']:.1f}",
-        f"{row['ssim']:.4f}",
-        f"{row['sampling_speedup']:.2f}",
-        f"{row['seconds']:.0f}",
-        f"{row['peak_gib']:.1f}",
-    ]
 
 
 def ablations(result: dict[str, Any]) -> str:
@@ -143,46 +83,6 @@ def half(result: dict[str, Any]) -> str:
 
 
 OTHERS = {"elastic": elastic, "half": half}
-
-
-def headline(result: dict[str, Any]) -> str:
-    """The README's table: every method at 41 % removed, best first."""
-    rows = [row for row in result["rows"].values() if row.get("removed") == 0.41]
-    rows = sorted((r for r in rows if "unavailable" not in r), key=lambda r: r["velocity_error"])
-    rows.insert(0, result["rows"]["dense"])
-    cells = [
-        [
-            row["method"],
-            f"{row['velocity_error']:.1e}" if row["velocity_error"] else "",
-            f"{row['psnr']:.1f} dB" if row["velocity_error"] else "",
-            f"{row['scene_accuracy']:.1%} of {row['images']}",
-            f"{row['sampling_speedup']:.2f}" if row["velocity_error"] else "",
-        ]
-        for row in rows
-    ]
-    head = ("", "velocity error", "PSNR to the dense images", "scenes right", "times faster")
-    return table(head, cells)
-
-
-def whole(result: dict[str, Any]) -> str:
-    """The README's other table: ResNets too."""
-    rows = [row for name, row in result["rows"].items() if name.startswith(("whole", "speed"))]
-    dense = result["rows"]["dense"]
-    cells = [
-        [
-            row["group"],
-            row["method"],
-            f"{row['params'] / dense['params']:.0%}",
-            f"{row['macs'] / dense['macs']:.0%}",
-            f"{row['velocity_error']:.1e}",
-            f"{row['psnr']:.1f} dB",
-            f"{row['scene_accuracy']:.1%} of {row['images']}",
-            f"{row['call_speedup']:.2f}",
-        ]
-        for row in sorted(rows, key=lambda row: (row["group"], row["velocity_error"]))
-    ]
-    head = ("", "", "parameters", "MACs", "velocity error", "PSNR", "scenes right", "call, faster")
-    return table(head, cells)
 
 
 def put_headlines(result: dict[str, Any]) -> None:

@@ -75,11 +75,7 @@ class Trial:
         return error
 
     def macs(self, unet: Any) -> int:
-        """MACs of one forward at batch 1, of 77 text tokens."""
-        return costs.measure(unet, [], costs.example_inputs(self.pipe.unet)).macs
-
-    def budgeted_macs(self, unet: Any) -> int:
-        """MACs as a budget counts them: with the text tokens that the pipeline passes."""
+        """MACs of one call as the pipeline makes it, at batch 1: what budgets count too."""
         return costs.measure(unet, [], self.one_row).macs
 
     def with_denoiser(self, unet: Any) -> Any:
@@ -89,22 +85,22 @@ class Trial:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def draw(self, pipe: Any, count: int) -> list[Any]:
-        """Images of the first test prompts, seeds 0, 1, 2, ..."""
-        texts = prompts(self.split, count)
-        return evaluate.generate(pipe, texts, range(count), batch_size=32, **SAMPLING)
+    def draw(self, pipe: Any, count: int, start: int = 0) -> list[Any]:
+        """Images of the first test prompts, or from `start` on, with seeds 0, 1, 2, ..."""
+        texts, seeds = prompts(self.split, count)[start:], range(start, count)
+        return evaluate.generate(pipe, texts, seeds, batch_size=32, **SAMPLING)
 
     def dense_images(self, count: int) -> list[Any]:
-        """The dense pipeline's images of the first `count` test prompts."""
+        """The dense pipeline's images of the first `count` test prompts; each is drawn once."""
         if count > len(self._images):
-            self._images = self.draw(self.pipe, count)
+            self._images += self.draw(self.pipe, count, start=len(self._images))
         return self._images[:count]
 
     def quality(self, pipe: Any, count: int) -> dict[str, Any]:
         """Scene accuracy with its interval, and likeness to the dense images."""
-        images = self.dense_images(count) if pipe is self.pipe else self.draw(pipe, count)
-        accuracy = scene_accuracy(images, prompts(self.split, count))
         dense = self.dense_images(count)
+        images = dense if pipe.unet is self.pipe.unet else self.draw(pipe, count)
+        accuracy = scene_accuracy(images, prompts(self.split, count))
         return {
             "images": count,
             "scene_accuracy": accuracy.whole,

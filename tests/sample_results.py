@@ -11,7 +11,8 @@ from slimdiff import results
 
 PLACES = ("down_blocks.0", "down_blocks.1", "up_blocks.1", "up_blocks.2", "mid_block")
 LAYERS = {"attn1.qk": "query_key", "attn1.vo": "value_output", "attn2.qk": "query_key"}
-LAYERS |= {"attn2.vo": "value_output", "ff": "feed_forward"}
+LAYERS |= {"attn2.vo": "value_output", "ff": "feed_forward", "resnets.0": "resnet"}
+UNITS = {"feed_forward": 512, "resnet": 128}
 HOSTILE = "<script>alert('1')</script> & a \"red\" ring"
 REST = {"params": 7_250_244, "macs": 464_000_000}
 
@@ -20,24 +21,26 @@ def group_of(place, layer, seed):
     """A group whose error falls with its width, and the width that was chosen."""
     random_ = random.Random(seed)
     kind = LAYERS[layer]
-    heads = 1 if kind == "feed_forward" else 2 if place.endswith(("0", "2")) else 4
-    dense = {1: 512, 2: 48, 4: 40}[heads]
+    heads = 1 if kind in UNITS else 2 if place.endswith(("0", "2")) else 4
+    dense = UNITS.get(kind) or {2: 48, 4: 40}[heads]
     width = max(1, round(dense * random_.uniform(0.35, 1.0)))
     scale, fall = 10 ** random_.uniform(-3, -1), random_.uniform(6, 14)
     widths = sorted({round(dense * step / 24) for step in range(25)})
     errors = [scale * (math.exp(-fall * w / dense) - math.exp(-fall)) for w in widths]
-    block = f"{place}.attentions.0.transformer_blocks.0"
+    resnet = kind == "resnet"
+    block = f"{place}.{layer}" if resnet else f"{place}.attentions.0.transformer_blocks.0"
+    each = 2000 if resnet else 400
     return {
-        "name": f"{block}.{layer}",
+        "name": block if resnet else f"{block}.{layer}",
         "kind": kind,
         "block": block,
-        "layer": layer.split(".")[0],
+        "layer": block if resnet else layer.split(".")[0],
         "width": width,
         "dense_width": dense,
         "heads": heads,
         "dense_heads": heads,
-        "params": 400 * heads * width,
-        "params_dense": 400 * heads * dense,
+        "params": each * heads * width,
+        "params_dense": each * heads * dense,
         "macs": 90_000 * heads * width // 2,
         "macs_dense": 90_000 * heads * dense // 2,
         "gain": 10 ** random_.uniform(-4, -2),
@@ -81,14 +84,16 @@ def compressed():
         "predicted_error": 2.1e-7,
         "error_on_probes": 2.4e-7,
         "seconds": {"calibrate": 150.0, "allocate": 12.5, "rewrite": 0.8},
+        "reused": [],
         "calibration": {
             "prompts": 128,
             "prompts_sha256": "a1b2c3",
             "config": {"num_inference_steps": 20, "guidance_scale": 3.0, "height": None},
         },
     }
+    how = {"calibration": {"num_probes": 16}, "seed": 0, "prompts": 128}
     return {
-        "made": made("slimdiff compress -o scenes-unet-slim --params 0.8", seed=0, prompts=128),
+        "made": made("slimdiff compress -o scenes-unet-slim --params 0.8", **how),
         "model": {
             "dense": "scenes-unet",
             "slim": "scenes-unet-slim",

@@ -54,6 +54,7 @@ def test_fidelity_is_that_of_the_parts(dense, slim, results):
     assert len(fidelity["velocity"]["by_timestep"]) == 2
     assert fidelity["frechet"]["value"] >= -1e-6
     assert fidelity["frechet"]["features"] == "AutoencoderKL latents"
+    assert fidelity["frechet"]["dimensions"] == 64 and fidelity["frechet"]["count"] == 3
     assert "give the folder of one with --clip" in fidelity["clip"]["unavailable"]
     assert "no judge" in fidelity["scenes"]["unavailable"]
 

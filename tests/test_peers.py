@@ -1,17 +1,17 @@
-"""The benchmark's peers on a tiny pipeline: targets met, nothing touched, and the mathematics."""
+"""The benchmark's peers on a tiny pipeline: targets met, and nothing touched."""
 
 import copy
 import importlib.util
+import time
 
 import pytest
 import torch
 
 import slimdiff
-from peers import PEERS, Job, deepcache, int8, weight_bytes
-from peers.job import removable, uniform_sizes
-from peers.modegpt import column_selection
-from peers.obs_diff import compensated, head_costs, surviving_heads
-from peers.svd import input_moments, plain_factors, two_linears, whitened_factors
+from peers import PEERS, Job, at_macs, deepcache, int8, weight_bytes
+from peers.at_macs import STEPS
+from peers.job import kept_with, removable, seconds_spared, uniform_sizes
+from peers.svd import input_moments, plain_factors, whitened_factors
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import generate
@@ -131,23 +131,59 @@ def test_too_much_is_refused(name, parts):
         PEERS[name].slim(job_of(parts, 0.999))
 
 
+def test_bisection_removes_as_little_as_leaves_the_macs():
+    asked = []
+
+    def slim(remove):
+        asked.append(remove)
+        return remove
+
+    found = at_macs(slim, lambda removed: 5000 - 3 * removed, 4000, most=1024)
+    assert 5000 - 3 * found <= 4000 < 5000 - 3 * (found - 1024 // 2**STEPS)
+    assert len(asked) == STEPS and found in asked
+
+
+def test_bisection_works_around_what_a_peer_refuses():
+    def slim(remove):
+        if remove > 600:
+            raise slimdiff.SlimdiffError("600 at most")
+        return remove
+
+    found = at_macs(slim, lambda removed: 1000 - removed, 450, most=1000)
+    assert 550 <= found <= 555
+    with pytest.raises(slimdiff.SlimdiffError, match="600 at most"):
+        at_macs(slim, lambda removed: 1000 - removed, 390, most=1000)
+
+
+@pytest.mark.parametrize("name", ["svd", "obs-diff"])
+def test_a_peer_just_meets_a_budget_of_macs(name, parts):
+    unet, total = parts[0].unet, parts[-1]
+
+    def slim(remove):
+        return PEERS[name].slim(job_of(parts, remove / total))
+
+    def macs(unet):
+        return costs.measure(unet, [], costs.example_inputs(parts[0].unet)).macs
+
+    spare = macs(unet) - macs(slim(0.7 * total))
+    target = macs(unet) - spare // 2
+    found = macs(at_macs(slim, macs, target, total))
+    assert target - 0.05 * spare <= found <= target
+
+
+def test_what_a_peer_keeps_is_counted_when_it_is_used_again():
+    unet = torch.nn.Linear(1, 1)
+    first = kept_with(unet, "slow", lambda: time.sleep(0.05) or object())
+    assert seconds_spared(unet) == 0
+    assert kept_with(unet, "slow", object) is first
+    assert seconds_spared(unet) >= 0.05
+
+
 def test_widths_are_uniform(parts):
     job = job_of(parts, 0.5)
     widths = {g.layer: g.width for g in slimdiff.groups_of(job.pipe.unet, TRANSFORMER)}
     shares = [size / widths[layer] for layer, size in uniform_sizes(job).items()]
     assert max(shares) - min(shares) <= 0.15
-
-
-def test_factors_of_full_rank_are_the_matrix():
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(12, 20).double()
-    root = torch.randn(12, 12, dtype=torch.float64)
-    for a_or, b_ri in (
-        plain_factors(linear.weight.detach(), 12),
-        whitened_factors(linear.weight.detach(), root @ root.mT, 12),
-    ):
-        x = torch.randn(5, 12, dtype=torch.float64)
-        torch.testing.assert_close(two_linears(linear, a_or, b_ri)(x), linear(x))
 
 
 def test_whitening_lowers_the_error_of_the_output(parts):
@@ -161,53 +197,6 @@ def test_whitening_lowers_the_error_of_the_output(parts):
             for e_oi in [w_oi - a_or @ b_ri]
         ]
         assert lost[1] <= lost[0] * (1 + 1e-6)
-
-
-def test_whitened_error_is_what_was_truncated():
-    torch.manual_seed(0)
-    w_oi, root = (torch.randn(9, 7, dtype=torch.float64) for _ in range(2))
-    c_ii = root.mT @ root
-    a_or, b_ri = whitened_factors(w_oi, c_ii, 4)
-    lost = torch.einsum("oi,ij,oj->", w_oi - a_or @ b_ri, c_ii, w_oi - a_or @ b_ri)
-    tail = torch.linalg.svdvals(w_oi @ torch.linalg.cholesky(c_ii))[4:].square().sum()
-    torch.testing.assert_close(lost, tail, rtol=1e-3, atol=0)
-
-
-def heads_problem(heads=4, width=3):
-    torch.manual_seed(0)
-    inner = heads * width
-    root = torch.randn(inner, inner, dtype=torch.float64)
-    return torch.randn(5, inner, dtype=torch.float64), root @ root.mT / inner, heads, width
-
-
-def test_head_cost_is_the_error_after_compensation():
-    w_oi, c_ii, heads, width = heads_problem()
-    cost_h = head_costs(w_oi, c_ii, heads)
-    for gone in range(heads):
-        kept_h = torch.tensor([h for h in range(heads) if h != gone])
-        error_oi, plain_oi = w_oi.clone(), torch.zeros_like(w_oi)
-        columns = (kept_h[:, None] * width + torch.arange(width)).flatten()
-        error_oi[:, columns] -= compensated(w_oi, c_ii, heads, kept_h)
-        gone_columns = slice(gone * width, (gone + 1) * width)
-        plain_oi[:, gone_columns] = w_oi[:, gone_columns]
-        lost, dropped = (torch.einsum("oi,ij,oj->", e, c_ii, e) for e in (error_oi, plain_oi))
-        torch.testing.assert_close(lost, cost_h[gone], rtol=1e-3, atol=0)
-        assert lost < dropped
-
-
-def test_the_cheapest_head_goes_first():
-    w_oi, c_ii, heads, width = heads_problem()
-    w_oi[:, width : 2 * width] = 0
-    assert surviving_heads(w_oi, c_ii, heads, 3).tolist() == [0, 2, 3]
-    assert len(surviving_heads(w_oi, c_ii, heads, 1)) == 1
-
-
-def test_column_selection_keeps_the_largest_scores():
-    q = torch.diag_embed(torch.tensor([[1.0, 4.0, 9.0], [5.0, 1.0, 1.0]]))
-    k = torch.diag_embed(torch.tensor([[9.0, 4.0, 1.0], [1.0, 1.0, 2.0]]))
-    kept = column_selection(q, k, 1)
-    assert kept.shape == (2, 3, 1)
-    assert kept.argmax(1).flatten().tolist() == [1, 0]
 
 
 def test_int8_is_smaller_and_close(parts):

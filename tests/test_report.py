@@ -15,6 +15,7 @@ from slimdiff.report import numbers, render, write_report
 from slimdiff.report.gallery import AMPLIFICATION
 from slimdiff.report.html import VOID, Html, tag
 from slimdiff.report.made import to_repeat
+from slimdiff.report.names import KINDS
 
 
 class Page(HTMLParser):
@@ -22,7 +23,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.elements, self.texts = [], [], []
+        self.html, self.open, self.elements, self.texts = html, [], [], []
         self.feed(html)
         self.close()
         assert not self.open, f"not closed: {self.open}"
@@ -41,6 +42,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] not in (["script"], ["style"]):
             self.texts.append(data)
+
+    @property
+    def titles(self):
+        """What the page is made of, by the links at its top."""
+        return re.findall(r'<a href="#\w+">(.*?)</a>', self.html)
 
     @property
     def text(self):
@@ -66,15 +72,15 @@ def test_the_sentence_at_the_top_says_what_is_gone_and_what_it_cost(page):
     assert (
         f"scenes-unet-slim is scenes-unet with {100 * params:.1f} % of the parameters and "
         f"{100 * macs:.1f} % of the MACs of its UNet2DConditionModel gone; "
-        f"one call is 1.16 times as fast (its MACs allow 1.21); the relative squared error of its "
-        f"prediction is 2.0e-7 and images of the same seeds agree to 64.7 dB PSNR; 98.2 % of the "
-        f"scenes are drawn right (dense: 99.4 %)."
+        f"one call is 1.16 × faster (its MACs allow 1.21 ×); its velocity error on test prompts is "
+        f"2.0e-7 and images of the same seeds agree to 64.7 dB PSNR; 98.2 % of the scenes are "
+        f"drawn right (dense: 99.4 %)."
     ) in page.text
 
 
 def test_the_sentence_says_no_more_than_is_known():
     compressed = results.merged([sample_results.compressed()])
-    assert "12.5 % of the MACs of its UNet2DConditionModel gone." in Page(render(compressed)).text
+    assert "12.7 % of the MACs of its UNet2DConditionModel gone." in Page(render(compressed)).text
     only = {"model": {"slim": "a"}, "fidelity": {"images": {"psnr": 40.0, "ssim": 1, "count": 1}}}
     assert "a: images of the same seeds agree to 40.0 dB PSNR." in Page(render(only)).text
 
@@ -82,12 +88,12 @@ def test_the_sentence_says_no_more_than_is_known():
 @pytest.mark.parametrize(
     "figure",
     [
-        *("9.35 M → 8.57 M", "700 M → 613 M", "41.7 ms → 36.1 ms", "99.4 % → 98.2 %"),
-        *("9,349,444", "8,571,844", "39.3 MB", "1.71 s", "1.49 s", "11 runs", "95 % reached"),
+        *("10.6 M → 9.62 M", "729 M → 636 M", "41.7 ms → 36.1 ms", "99.4 % → 98.2 %"),
+        *("10,629,444", "9,621,844", "39.3 MB", "1.71 s", "1.49 s", "11 runs", "95 % reached"),
         *("2.0e-7", "64.7 dB", "0.9998", "0.0123", "0.00045", "98.2 % (96.7 to 99.1 %)"),
         *("no CLIP folder at clip-vit; give --clip FOLDER", "no counter on this platform"),
         *("background", "position", "512 images", "budget 80 % of the parameters"),
-        *("predicted error 2.1e-7", "guidance scale 3.0", "calibrate 150 s", "a1b2c3"),
+        *("velocity error, predicted 2.1e-7", "guidance scale 3.0", "calibrate 150 s", "a1b2c3"),
         *("A CPU of 2 cores", "2026-01-02T03:04:05+00:00", "torch 2.13.0", "float32"),
     ],
 )
@@ -108,13 +114,15 @@ def test_commands_are_there_to_be_repeated_with_their_versions():
 
 def test_every_group_is_in_the_plan_and_in_the_table(html, page):
     plan = html[html.index('<svg viewBox="0 0 1040') :]
-    plan = plan[: plan.index("</svg>")]
+    plan = plan[: plan.index("</svg>")].replace("\xa0", " ")
     found = sample_results.compressed()["groups"]
-    assert len(found) == 25
+    assert len(found) == 30
     for group in found:
-        width = group["width"] * group["heads"]
-        assert f"<title>{group['name']}: {width} of " in plan
-        assert f"{group['dense_width']} → {group['width']}" in page.text
+        dense, slim = group["dense_width"], group["width"]
+        if group["dense_heads"] > 1:
+            dense, slim = (f"{width} × {group['heads']}" for width in (dense, slim))
+        assert f"<title>{group['name']}: {slim} of {dense} (" in plan
+        assert numbers.change(dense, slim) in page.text
         assert numbers.error(group["gain"]) in page.text
 
 
@@ -125,12 +133,11 @@ def test_blocks_come_in_the_order_of_the_network(html):
 
 
 def test_shares_by_kind_and_block_add_up(page):
-    for kind in ("query-key", "value-output", "feed-forward"):
-        found = sample_results.compressed()["groups"]
-        mine = [g for g in found if g["kind"] == kind.replace("-", "_")]
+    for key, kind in KINDS.items():
+        mine = [g for g in sample_results.compressed()["groups"] if g["kind"] == key]
         dense, slim = (sum(g[key] for g in mine) for key in ("params_dense", "params"))
         change = f"{numbers.count(dense)} → {numbers.count(slim)}".replace("\xa0", " ")
-        assert f"{kind}{change}{100 * slim / dense:.1f}" in page.text.replace(" %", "%")
+        assert f"{kind}{change}{numbers.percent(slim / dense)}".replace("\xa0", " ") in page.text
 
 
 def test_nothing_is_loaded(html, page):
@@ -175,7 +182,7 @@ def test_images_have_words_sizes_and_stay_sharp(page):
 
 def test_plots_have_words_and_the_colours_of_the_page(html, page):
     plots = [attrs for name, attrs in page.elements if name == "svg"]
-    assert len(plots) == 8
+    assert len(plots) == 9
     assert all(plot["aria-label"] and plot["role"] == "img" for plot in plots)
     assert not re.search(r"(fill|stroke): #", html), "a colour that no theme can change"
     assert f"brightness({AMPLIFICATION})" in html
@@ -198,31 +205,43 @@ def test_settings_of_matplotlib_do_not_reach_the_page(html):
 
 
 @pytest.mark.parametrize(
-    "section, told",
+    "section, left, told",
     [
-        ("images", "No images were drawn: run slimdiff evaluate."),
-        ("fidelity", "Fidelity was not measured: run slimdiff evaluate."),
-        ("cost", "Cost was not measured: run slimdiff evaluate."),
-        ("groups", "No groups were recorded: run slimdiff compress."),
-        ("plan", "No plan was given: run slimdiff compress."),
-        ("made", "How these results were made is not known: run slimdiff compress."),
-        ("model", "slim model"),
-        ("rest", "all groups"),
-        ("prompt_counts", "By timestep"),
+        ("images", "Images", ""),
+        ("groups", "All groups", ""),
+        ("made", "How it was made", "Without results of slimdiff compress, this page lacks: how"),
+        ("model", "", "slim model"),
+        ("rest", "", "all groups"),
+        ("prompt_counts", "", "By timestep"),
     ],
 )
-def test_what_is_missing_is_said(section, told):
+def test_what_is_missing_is_left_out(section, left, told):
     found = sample_results.complete()
     del found[section]
     page = Page(render(found))
     assert told in page.text
+    assert not left or left not in page.titles
     assert "None" not in page.text
 
 
-def test_empty_results_make_a_page(tmp_path):
+def test_results_of_one_command_have_no_empty_sections():
+    compressed = Page(render(results.merged([sample_results.compressed()])))
+    assert (
+        "Without results of slimdiff evaluate, this page lacks: images, all fig" in compressed.text
+    )
+    assert "What each width would cost" in compressed.titles
+    assert not {"Images", "All figures"} & set(compressed.titles)
+    assert "velocity error on probes2.4e-7" in compressed.text
+    evaluated = Page(render(results.merged([sample_results.evaluated()])))
+    assert "Without results of slimdiff compress, this page lacks: where" in evaluated.text
+    assert evaluated.titles == ["Images", "Velocity error", "All figures", "How it was made"]
+    assert "lacks" not in Page(render(sample_results.complete())).text
+
+
+def test_empty_results_make_a_page():
     page = Page(render({}))
     assert "slim model: nothing was measured." in page.text
-    assert page.text.count("run slimdiff") == 8
+    assert page.titles == [] and page.text.count("this page lacks") == 2
 
 
 def test_what_was_not_measurable_says_why():
@@ -240,10 +259,10 @@ def test_groups_without_curves_or_gains():
     found = sample_results.complete()
     for group in found["groups"]:
         group["gain"] = None
-    assert "error of the group's own output" in Page(render(found)).text
+    assert "Error of the group's own output, predicted, by" in Page(render(found)).text
     for group in found["groups"]:
         group["curve"] = None
-    assert "No error curves were recorded" in Page(render(found)).text
+    assert "What each width would cost" not in Page(render(found)).titles
 
 
 def test_an_unchanged_model_has_no_error_to_draw():
@@ -254,7 +273,7 @@ def test_an_unchanged_model_has_no_error_to_draw():
         group["curve"]["errors"] = [0.0] * len(group["curve"]["widths"])
     page = Page(render(found))
     assert "None: every prediction is as it was." in page.text
-    assert "No error curves were recorded" in page.text
+    assert "What each width would cost" not in page.titles
 
 
 @pytest.mark.parametrize("spread", [1.0, 1.2, 3.5, 4.2, 40, 90, 1e3, 1e11])

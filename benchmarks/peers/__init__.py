@@ -8,11 +8,12 @@ those of `pip install 'slimdiff[bench]'`, imported when a peer is used.
 from __future__ import annotations
 
 from peers import modegpt, obs_diff, svd, torch_pruning
+from peers.at_macs import at_macs
 from peers.deep_cache import deepcache, deepcache_of
 from peers.job import Job, Peer
 from peers.torchao_int8 import int8, int8_of, weight_bytes
 
-__all__ = ["PEERS", "Job", "Peer", "deepcache", "int8", "weight_bytes"]
+__all__ = ["PEERS", "Job", "Peer", "at_macs", "deepcache", "int8", "weight_bytes"]
 
 PEERS: dict[str, Peer] = {
     peer.name: peer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,10 +127,10 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
     return unet
 
 
-def removable(unet: nn.Module) -> int:
-    """Parameters of attention and feed-forward that depend on a width."""
+def removable(unet: nn.Module, layers: Sequence[str] = TRANSFORMER) -> int:
+    """Parameters of these layers, attention and feed-forward, that depend on a width."""
     per_channel = _costs(unet).groups
-    groups = slimdiff.groups_of(unet, TRANSFORMER)
+    groups = slimdiff.groups_of(unet, layers)
     return sum(per_channel[g.name].of("params", g.width * g.heads) for g in groups)
 
 
@@ -143,15 +144,29 @@ def weight(unet: nn.Module, path: str) -> Tensor:
     return unet.get_submodule(path).weight.detach().double()  # type: ignore[operator]  # a linear
 
 
-_KEPT: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+class _Kept(dict[Any, tuple[Any, float]]):
+    """What was made from one denoiser, the seconds that it took, and those that reuse spared."""
+
+    spared = 0.0
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def kept_with(denoiser: nn.Module, key: Any, make: Callable[[], Any]) -> Any:
     """What `make` returned the first time for this denoiser and key."""
-    kept = _KEPT.setdefault(denoiser, {})
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+    kept = _KEPT.setdefault(denoiser, _Kept())
+    if key in kept:
+        kept.spared += kept[key][1]
+    else:
+        start = time.perf_counter()
+        kept[key] = (make(), time.perf_counter() - start)
+    return kept[key][0]
+
+
+def seconds_spared(denoiser: nn.Module) -> float:
+    """Seconds that peers would have spent on this denoiser so far, had nothing been kept."""
+    return _KEPT.setdefault(denoiser, _Kept()).spared
 
 
 def _costs(unet: nn.Module) -> costs.Costs:

@@ -17,7 +17,7 @@ from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
 from slimdiff.plan import Plan
-from slimdiff.results import Results, made_by, write
+from slimdiff.results import Results, called, made_by, write
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +33,7 @@ class Journal:
         config: how it is sampled.
         results: file to write to; None writes nothing.
         pictures: image pairs to draw.
+        settings: of the compression, as `slimdiff.compress` takes them.
         seconds: stage -> seconds.
         images: "dense" and "slim" -> PIL images of the first prompts.
         sections: of the results, as far as they are known.
@@ -44,6 +45,7 @@ class Journal:
     config: CalibrationConfig
     results: str | Path | None
     pictures: int
+    settings: Mapping[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     images: dict[str, list[Any]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
@@ -102,7 +104,7 @@ class Journal:
         how = {"calibration": asdict(self.config), "prompts": len(self.prompts)}
         shown = zip(self.prompts, self.images.get("dense", []), self.images.get("slim", []))
         self.sections |= {
-            "made": made_by(**how),
+            "made": made_by(self._call(), **how),
             "plan": {name: getattr(plan, name) for name in names},
             "images": [
                 {"prompt": text, "seed": i, "dense": base64_png(a), "slim": base64_png(b)}
@@ -110,3 +112,12 @@ class Journal:
             ],
         }
         write(self.results, self.sections)
+
+    def _call(self) -> str:
+        """What to type in Python for the same again."""
+        by_hand = self.settings["budget"] is None
+        given = ["pipe", "prompts", *(["plan=plan"] if by_hand else [])]
+        chosen = {} if by_hand else self.settings
+        kept = {"results": Path(self.results).name if self.results else None}
+        settings = {**chosen, "config": self.config, **kept, "pictures": self.pictures}
+        return called("slimdiff", "compress", given, **settings)

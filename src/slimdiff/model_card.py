@@ -82,7 +82,7 @@ def _introduction(name: str, denoiser: nn.Module, base: str) -> str:
     dense = type(denoiser).__name__.removeprefix("Slim")
     of = f" of `{base}`" if base else ""
     return (
-        f"The {name}{of} (`{dense}`) with narrower attention and feed-forward layers, made by "
+        f"The {name}{of} (`{dense}`) with narrower layers, made by "
         f"slimdiff in closed form from calibration prompts, without training. All other "
         f"components are as they were."
     )
@@ -97,7 +97,7 @@ def _figures(denoiser: nn.Module, plan: Plan | None) -> str:
         rows += [("Recipe", plan.recipe), ("Allocation", plan.allocation)]
         rows += [("Budget", plan.budget)] if plan.budget else []
         for key, text in (
-            ("predicted_error", "Predicted relative squared error of the denoiser's output"),
+            ("predicted_error", "Velocity error, predicted"),
             ("error_on_probes", "The same, measured on the calibration's own inputs"),
         ):
             if key in figures:
@@ -151,7 +151,8 @@ def _groups(plan: Plan) -> str:
     table = _table(("Group", "Kind", "Heads", "Width"), rows)
     return (
         f"<details>\n<summary>Widths of all {len(rows)} groups</summary>\n\n{table}\n\n"
-        f"Width is channels per head for attention, hidden units for feed-forward.\n\n</details>"
+        f"Width is channels per head for attention, hidden units for feed-forward, inner "
+        f"channels for a ResNet.\n\n</details>"
     )
 
 

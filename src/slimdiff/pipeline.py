@@ -74,7 +74,8 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     _refuse_impossible(pipe, config, budget, plan, how | finer)
-    journal = Journal(pipe, list(prompts), config, results, pictures if results else 0)
+    settings = {"budget": budget} | how | finer
+    journal = Journal(pipe, list(prompts), config, results, pictures if results else 0, settings)
     journal.draw("dense")
     progress = journal.noting(progress)
     with journal.timed("calibrate"):

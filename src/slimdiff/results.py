@@ -3,9 +3,11 @@
 One schema for all: a file holds any of the sections below, and several files of the same model add
 up (`merged`), so that `compress` and `evaluate` each write what they know.
 
-- `made`: command, date, versions, machine, threads, dtype; `made_by` gives it.
+- `made`: command (of a shell) or call (of Python), date, versions, machine, threads, dtype;
+  `made_by` gives it.
 - `model`: {"dense", "slim", "class"}: names, and the class of the denoiser.
-- `plan`: {"recipe", "allocation", "budget", "figures"}.
+- `plan`: {"recipe", "allocation", "budget", "figures"}; the figures have "seconds" by stage, and
+  "reused": the stages that found what they were to make.
 - `groups`: a list of {"name", "kind", "block", "layer", "width", "dense_width", "heads",
   "dense_heads", "params", "params_dense", "macs", "macs_dense", "gain", "curve": {"widths": [...],
   "errors": [...]}}; `curve` is the predicted relative squared error of the denoiser's output (of
@@ -13,9 +15,9 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
 - `rest`: {"params", "macs"} of everything that is in no group.
 - `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
   "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count",
-  "dimensions"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}} with S = {"whole",
-  "interval": [low, high], "attributes": {name: {"share", "interval"}}, "count"}; a metric that
-  could not be measured is {"unavailable": reason}.
+  "dimensions"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}}
+  with S = {"whole", "interval": [low, high], "attributes": {name: {"share", "interval"}}, "count"};
+  a metric that could not be measured is {"unavailable": reason}.
 - `cost`: {"params", "macs", "bytes", "peak_memory": each {"dense", "slim"}, "latency": {"denoiser"
   and "pipeline": {"dense", "slim", "speedup", "runs", "of"}}, "macs_allow", "share_reached"};
   bytes, seconds, parameters and MACs as they are; `macs_allow` is the speed-up that the ratio of
@@ -33,7 +35,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -61,10 +64,15 @@ PACKAGES = ("slimdiff", "torch", "diffusers", "transformers")
 Results = dict[str, Any]
 
 
-def made_by(**more: Any) -> dict[str, Any]:
-    """How results came about: the command, when, on what, with which versions, and `more`."""
+def made_by(call: str | None = None, **more: Any) -> dict[str, Any]:
+    """How results came about: the command, when, on what, with which versions, and `more`.
+
+    Where no command of slimdiff's runs, the Python `call` says what to repeat.
+    """
+    name, typed = _command()
+    by_hand = call is not None and name != "slimdiff"
     return {
-        "command": _command(),
+        **({"call": call} if by_hand else {"command": typed}),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -73,11 +81,39 @@ def made_by(**more: Any) -> dict[str, Any]:
     } | more
 
 
-def _command() -> str:
-    """What was typed, or as near as it can be told."""
-    name = Path(sys.argv[0]).name or "python"
+def _command() -> tuple[str, str]:
+    """The program's name, and what was typed, or as near as it can be told."""
+    path = Path(sys.argv[0])
+    if path.parts[-2:] == ("slimdiff", "__main__.py"):
+        return "slimdiff", shlex.join(["python", "-m", "slimdiff", *sys.argv[1:]])
+    name = path.name or "python"
     python = ["python"] if name.endswith(".py") else []
-    return shlex.join([*python, name, *sys.argv[1:]])
+    return path.stem, shlex.join([*python, name, *sys.argv[1:]])
+
+
+def called(module: str, function: str, given: Sequence[str], **settings: Any) -> str:
+    """A Python call as one would type it, with the imports that it needs.
+
+    Args:
+        module: what the function is imported from.
+        function: its name.
+        given: arguments that can only be named, such as `pipe`.
+        settings: arguments that are shown by value; those that are None are left out.
+    """
+    shown = {key: value for key, value in settings.items() if value is not None}
+    types = {type(value).__name__ for value in shown.values() if is_dataclass(value)}
+    arguments = [*given, *(f"{key}={_literal(value)}" for key, value in shown.items())]
+    lines = "".join(f"    {argument},\n" for argument in arguments)
+    return f"from {module} import {', '.join(sorted({function, *types}))}\n\n{function}(\n{lines})"
+
+
+def _literal(value: Any) -> str:
+    """A value in Python; of a dataclass, the fields that are not None."""
+    if not is_dataclass(value):
+        return repr(value)
+    pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
+    told = ", ".join(f"{name}={inner!r}" for name, inner in pairs if inner is not None)
+    return f"{type(value).__name__}({told})"
 
 
 def processor() -> str:

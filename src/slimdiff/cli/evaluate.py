@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from slimdiff.cli import console, models, options
-from slimdiff.cli.images import Dense, Slim
 from slimdiff.errors import SlimdiffError
 
 HELP = """Measure what was lost and what was gained: dense against slim, same prompts, same seeds.
@@ -30,13 +30,15 @@ The results are a JSON file, from which `slimdiff report` makes a page.
 """
 
 
+NBSP = "\N{NO-BREAK SPACE}"
+
+logger = logging.getLogger(__name__)
+
+
 def _measuring(help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel="Measuring")
 
 
-NumPrompts = Annotated[
-    int, typer.Option("--num-prompts", help="How many prompts to use, from the start of the file.")
-]
 ResultsOut = Annotated[Path, typer.Option("--out", "-o", help="JSON file of the results.")]
 FeaturesFolder = Annotated[
     Path | None,
@@ -57,10 +59,10 @@ Shown = Annotated[int, _measuring("Image pairs kept in the results.", "--images"
 
 
 def evaluate(
-    dense: Dense,
-    slim: Slim,
+    dense: options.Dense,
+    slim: options.Slim,
     prompts: options.Prompts = None,
-    num_prompts: NumPrompts = 64,
+    num_prompts: options.NumPrompts = 64,
     out: ResultsOut = Path("evaluation.json"),
     features: FeaturesFolder = None,
     clip: ClipFolder = None,
@@ -107,15 +109,30 @@ def evaluate(
         "judge": _judge if where.bundled and prompts is None else None,
     }
     big = models.load(where, dtype, device, variant)
+    warn_if_swapped(big, small, (dense, slim))
     with console.Bars() as bars:
         results = run(big, small, texts, settings, **measures, progress=bars)
     results["model"] |= {"dense": where.name, "slim": there.name}
     write(out, results)
-    page = console.out()
-    page.print(_table(results))
-    for reason in _reasons(results):
-        page.print(reason, soft_wrap=True, markup=False)
-    page.print(f"{out}: all results; `slimdiff report {out}` makes a page of them", soft_wrap=True)
+    show(results)
+    console.out().print(
+        f"{out}: all results; `slimdiff report {out}` makes a page of them", soft_wrap=True
+    )
+
+
+def warn_if_swapped(big: Any, small: Any, names: tuple[str, str]) -> None:
+    """Say so before the minutes that an evaluation takes."""
+    from slimdiff import costs
+    from slimdiff.denoiser import denoiser_of
+
+    dense, slim = (costs.parameters(denoiser_of(pipe)[1]) for pipe in (big, small))
+    if slim > dense:
+        logger.warning(
+            "warning: DENSE (%s) is smaller than SLIM (%s); were they swapped? Then it is "
+            "`slimdiff evaluate %s %s`",
+            *names,
+            *reversed(names),
+        )
 
 
 def _judge(images: Any, prompts: Any) -> dict[str, Any]:
@@ -136,92 +153,22 @@ def _judge(images: Any, prompts: Any) -> dict[str, Any]:
     }
 
 
-def _table(results: dict[str, Any]) -> Any:
-    columns = {"": "left", **dict.fromkeys(("dense", "slim", "slim / dense"), "right")}
-    model = results["model"]
-    count = results["fidelity"]["velocity"]["prompts"]
+def show(results: dict[str, Any]) -> None:
+    """A table of all figures, and below it why some were not measured."""
+    from slimdiff.report import rows
+
+    found = [*rows.cost(results["cost"]), *rows.fidelity(results["fidelity"])]
+    model, count = results["model"], results["fidelity"]["velocity"]["prompts"]
     title = f"{model['slim']} against {model['dense']}, {count} prompts"
-    shown = console.table(title, columns)
-    for row in [*_cost_rows(results["cost"]), *_fidelity_rows(results["fidelity"])]:
-        shown.add_row(*row)
-    return shown
-
-
-def _cost_rows(cost: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for key, name in (
-        ("params", "parameters"),
-        ("macs", "MACs of one forward"),
-        ("bytes", "files of the denoiser, bytes"),
-        ("peak_memory", "peak bytes in a call"),
-    ):
-        found = cost[key]
-        if "unavailable" in found:
-            rows.append((name, "", "not measured", ""))
-            continue
-        share = console.share(found["slim"], found["dense"])
-        rows.append((name, console.count(found["dense"]), console.count(found["slim"]), share))
-    for found in cost["latency"].values():
-        seconds = [f"{found[label] * 1000:.1f} ms" for label in ("dense", "slim")]
-        rows.append((found["of"], *seconds, f"{found['speedup']:.2f} x faster"))
-    if "macs_allow" in cost:
-        share = f"{100 * cost['share_reached']:.0f} % reached"
-        rows.append(("the MACs allow, for a call", "", f"{cost['macs_allow']:.2f} x", share))
-    return rows
-
-
-def _fidelity_rows(fidelity: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    error = fidelity["velocity"]["relative"]
-    rows.append(("velocity error (relative, squared)", "", f"{error:.2e}", ""))
-    for key, field, name in (
-        ("images", "psnr", "PSNR to the dense images, dB"),
-        ("images", "ssim", "SSIM to the dense images"),
-        ("frechet", "value", "Fréchet distance"),
-        ("kernel", "value", "kernel distance"),
-    ):
-        found = fidelity[key]
-        told = "not measured" if "unavailable" in found else f"{found[field]:.4g}"
-        rows.append((name, "", told, found.get("features", "")))
-    rows.append(_both("CLIP score", fidelity["clip"], lambda value: f"{value:.2f}"))
-    rows.append(_both("scene accuracy (95 %)", fidelity["scenes"], _accuracy))
-    return rows
-
-
-def _both(name: str, found: dict[str, Any], show: Any) -> tuple[str, ...]:
-    if "unavailable" in found:
-        return (name, "", "not measured", "")
-    return (name, show(found["dense"]), show(found["slim"]), found.get("model", ""))
-
-
-def _reasons(results: dict[str, Any]) -> list[str]:
-    """What to know about the table: why some figures are not there, and a doubtful order."""
-    parts = {**results["cost"], **results["fidelity"]}
-    params = results["cost"]["params"]
-    swapped = ["the second pipeline is the larger one: is it evaluate DENSE SLIM?"]
-    few = _few(results["fidelity"]["frechet"])
-    return (
-        (swapped if params["slim"] > params["dense"] else [])
-        + few
-        + [
-            f"{name} not measured: {found['unavailable']}"
-            for name, found in parts.items()
-            if isinstance(found, dict) and "unavailable" in found
-        ]
-    )
-
-
-def _few(frechet: dict[str, Any]) -> list[str]:
-    """A Fréchet distance needs more images than features."""
-    count, dimensions = frechet.get("count", 0), frechet.get("dimensions", 0)
-    if count >= dimensions:
-        return []
-    return [f"Fréchet distance: of {count} images and {dimensions} features, too few to rely on"]
-
-
-def _accuracy(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{100 * found['whole']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    shown = console.table(title, {"": "left", "dense": "right", "slim": "right", "of": "left"})
+    shown.columns[-1].no_wrap = False
+    for row in (row for row in found if not row.detail):
+        slim = row.slim if row.reason is None else "not measured"
+        shown.add_row(*(told.replace(NBSP, " ") for told in (row.name, row.dense, slim, row.note)))
+    page = console.out()
+    page.print(shown)
+    for row in (row for row in found if row.reason is not None):
+        page.print(f"{row.name} not measured: {row.reason}", soft_wrap=True, markup=False)
 
 
 def _named(option: str, load: Callable[[Path], Any], folder: Path) -> Any:

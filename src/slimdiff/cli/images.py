@@ -34,11 +34,6 @@ ImageOut = Annotated[
     Path, typer.Option("--out", "-o", help="PNG file; several images get -1, -2, ... before it.")
 ]
 GridOut = Annotated[Path, typer.Option("--out", "-o", help="PNG file of the grid.")]
-NumPrompts = Annotated[
-    int, typer.Option("--num-prompts", help="How many prompts of the file to draw.")
-]
-Dense = Annotated[str, typer.Argument(help="The dense pipeline: folder, hub id or bundled name.")]
-Slim = Annotated[str, typer.Argument(help="The slim pipeline: folder or hub id.")]
 
 
 def generate(
@@ -70,11 +65,11 @@ def generate(
 
 
 def compare(
-    dense: Dense,
-    slim: Slim,
+    dense: options.Dense,
+    slim: options.Slim,
     prompt: options.Prompt = None,
     prompts: options.Prompts = None,
-    num_prompts: NumPrompts = 6,
+    num_prompts: options.NumPrompts = 6,
     seed: options.ImageSeed = 0,
     out: GridOut = Path("compare.png"),
     steps: options.Steps = 20,
@@ -147,4 +142,4 @@ def _likeness(rows: dict[str, list[Any]]) -> str:
         decibels, similarity = psnr(rows["slim"], rows["dense"]), ssim(rows["slim"], rows["dense"])
     except SlimdiffError as error:
         return str(error)
-    return f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f} of slim to dense images"
+    return f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f} to the dense images"

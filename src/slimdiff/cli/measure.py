@@ -46,9 +46,6 @@ Layers = Annotated[
     str | None,
     typer.Option("--layers", help="What may shrink: attention,feed_forward,resnet. Default: all."),
 ]
-NumPrompts = Annotated[
-    int, typer.Option("--num-prompts", help="How many prompts to use, from the start of the file.")
-]
 Folder = Annotated[
     Path | None,
     typer.Option(
@@ -63,7 +60,7 @@ def frontier(
     prompts: options.Prompts = None,
     metric: Metric = "macs",
     layers: Layers = None,
-    num_prompts: NumPrompts = 128,
+    num_prompts: options.NumPrompts = 128,
     statistics: Folder = None,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
@@ -112,11 +109,11 @@ def _frontier(
 def _model(pipe: Any, name: str) -> dict[str, Any]:
     from slimdiff.denoiser import denoiser_of
 
-    return {"dense": name, "slim": "frontier", "class": type(denoiser_of(pipe)[1]).__name__}
+    return {"dense": name, "class": type(denoiser_of(pipe)[1]).__name__}
 
 
 def _show(name: str, found: dict[str, Any]) -> None:
-    columns = ("parameters", "MACs", "faster by MACs", "predicted error", "measured error")
+    columns = ("parameters", "MACs", "faster by MACs", "error, predicted", "on probes")
     shown = console.table(f"{name}: frontier", {"": "left", **dict.fromkeys(columns, "right")})
     dense = found["dense"]
     for i, point in enumerate(found["points"]):

@@ -63,6 +63,11 @@ Model = Annotated[
         show_default="scenes-unet, the bundled reference",
     ),
 ]
+Dense = Annotated[str, typer.Argument(help="The dense pipeline: folder, hub id or bundled name.")]
+Slim = Annotated[str, typer.Argument(help="The slim pipeline: folder or hub id.")]
+NumPrompts = Annotated[
+    int, typer.Option("--num-prompts", help="How many prompts to use, from the start of the file.")
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(

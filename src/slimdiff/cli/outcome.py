@@ -42,25 +42,8 @@ def write_html(results: dict[str, Any], page: Path) -> None:
 
 def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
     """A table of what was done, how to use it, and a page of it if its `model` is named."""
-    figures = plan.figures
-    shown = console.table(f"{out}: {plan.recipe}, {plan.allocation}, {plan.budget}", COLUMNS)
-    for name, key in (("parameters", "params"), ("MACs of one forward", "macs")):
-        dense, slim = figures[f"{key}_dense"], figures[key]
-        left = console.share(slim, dense)
-        shown.add_row(name, console.count(dense), console.count(slim), left)
-    if "latency" in figures:
-        latency = figures["latency"]
-        before, after = (f"{1000 * latency[key]:.1f} ms" for key in ("dense", "slim"))
-        faster = f"{latency['speedup']:.2f} times faster"
-        shown.add_row("one denoiser call", before, after, faster)
-    if "predicted_error" in figures:
-        shown.add_row("velocity error, predicted", "", f"{figures['predicted_error']:.2e}", "")
-    shown.add_row("velocity error on probes", "", f"{figures['error_on_probes']:.2e}", "")
-    for stage, seconds in figures["seconds"].items():
-        reused = "reused what was kept" if stage in figures["reused"] else ""
-        shown.add_row(f"seconds to {stage}", "", f"{seconds:.1f}", reused)
     page = console.out()
-    page.print(shown)
+    page.print(_table(plan, f"{out}: {plan.recipe}, {plan.allocation}, {plan.budget}"))
     page.print(f"statistics stay in {checkpoint}, for another budget or recipe", soft_wrap=True)
     page.print(f"saved in {out}; to use it, with slimdiff installed or without:\n", soft_wrap=True)
     page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
@@ -68,3 +51,25 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
     page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
     if model is not None:
         write_page(model, out)
+
+
+def _table(plan: Plan, title: str) -> Any:
+    from slimdiff.report import numbers
+    from slimdiff.report.names import FIGURES, stage_told
+
+    figures, shown = plan.figures, console.table(title, COLUMNS)
+    for key in ("params", "macs"):
+        dense, slim = figures[f"{key}_dense"], figures[key]
+        left = console.share(slim, dense)
+        shown.add_row(FIGURES[key], console.count(dense), console.count(slim), left)
+    if "latency" in figures:
+        latency = figures["latency"]
+        before, after = (f"{1000 * latency[key]:.1f} ms" for key in ("dense", "slim"))
+        shown.add_row(FIGURES["denoiser"], before, after, f"{latency['speedup']:.2f} times faster")
+    for key in ("predicted_error", "error_on_probes"):
+        if key in figures:
+            shown.add_row(FIGURES[key], "", numbers.error(figures[key]), "")
+    for stage, seconds in figures["seconds"].items():
+        told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
+        shown.add_row(f"seconds to {stage}", "", *told)
+    return shown

@@ -60,6 +60,11 @@ class ImageModel(Features):
         vision = getattr(self.model, "vision_model", None)
         if vision is not None:
             self.model = vision
+        if self.model.main_input_name != "pixel_values":
+            raise SlimdiffError(
+                f"{folder}: holds a {type(self.model).__name__}, which does not see images; "
+                f"expected a vision model such as CLIP's or DINOv2's"
+            )
         self.size, self.mean, self.std = _preprocessing(Path(folder), self.model.config)
         self.label = f"{type(self.model).__name__} of {Path(folder).resolve().name}"
         self.num_features = int(self.model.config.hidden_size)
@@ -120,16 +125,26 @@ def load_local(kind: Any, folder: str | Path) -> Any:
     """`kind.from_pretrained` of a local folder; safetensors only.
 
     Raises:
-        SlimdiffError: no such folder, or it cannot be loaded.
+        SlimdiffError: no such folder, it cannot be loaded, or weights are not there.
     """
     path = Path(folder)
     if not path.is_dir():
         raise SlimdiffError(f"{path}: no such folder; expected a model of transformers on disk")
-    weights = {} if "Tokenizer" in kind.__name__ else {"use_safetensors": True}
+    is_model = "Tokenizer" not in kind.__name__
+    more = {"use_safetensors": True, "output_loading_info": True} if is_model else {}
     try:
-        return kind.from_pretrained(str(path), local_files_only=True, **weights)
+        loaded = kind.from_pretrained(str(path), local_files_only=True, **more)
     except (OSError, ValueError, RuntimeError) as error:
         raise SlimdiffError(f"{path}: cannot be loaded ({error})") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise SlimdiffError(
+            f"{path}: is no {type(model).__name__} ({len(missing)} of its weights are not there, "
+            f"such as {missing[0]}); name the folder of such a model"
+        )
+    return model
 
 
 def _preprocessing(folder: Path, config: Any) -> tuple[int, Any, Any]:

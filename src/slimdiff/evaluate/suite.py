@@ -18,7 +18,7 @@ from slimdiff.evaluate.settings import Settings
 from slimdiff.evaluate.velocity import comparing, model_of
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
-from slimdiff.results import Results, made_by
+from slimdiff.results import Results, called, made_by
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,8 +54,9 @@ def evaluate(
     drawn = _draw(dense, slim, prompts, settings, progress)
     call = first_call(dense, prompts[0], **settings.sampling)
     one_row = one_row_of(call)
+    given = {"features": features, "clip": clip, "judge": judge}
     whole = {
-        "made": made_by(**_how(dense, prompts, settings)),
+        "made": made_by(_call(settings, given), **_how(dense, prompts, settings)),
         "model": _names(dense, slim),
         "fidelity": measure_fidelity(
             drawn, _default_features(dense) if features is None else features, clip, judge
@@ -100,6 +101,13 @@ def _default_features(pipe: Any) -> Features | None:
     vae: Any = getattr(pipe, "vae", None)
     known = vae is not None and hasattr(getattr(vae, "config", None), "latent_channels")
     return LatentFeatures(vae) if known else None
+
+
+def _call(settings: Settings, given: Mapping[str, Any]) -> str:
+    """What to type in Python for the same again."""
+    named = [f"{name}={name}" for name, value in given.items() if value is not None]
+    names = ["dense", "slim", "prompts", *named]
+    return called("slimdiff.evaluate", "evaluate", names, settings=settings)
 
 
 def _how(dense: Any, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:

@@ -8,15 +8,9 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
+from slimdiff.report.names import FIGURES, KINDS, METRICS
 from slimdiff.results import Results
 
-METRICS = {"params": "parameters", "macs": "MACs"}
-KINDS = {
-    "query_key": "query-key",
-    "value_output": "value-output",
-    "feed_forward": "feed-forward",
-    "rest": "outside the groups",
-}
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
 
 Group = Mapping[str, Any]
@@ -63,11 +57,6 @@ def kinds_of(groups: Iterable[Group]) -> list[str]:
     return [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
 
 
-def kind_name(kind: str) -> str:
-    """A kind as the reader knows it."""
-    return KINDS.get(kind, kind.replace("_", "-"))
-
-
 def places_of(groups: Iterable[Group]) -> list[str]:
     """Where in the network each group is: `down_blocks.0`, or `down_blocks` of a long network."""
     paths = [group["block"].split(".") for group in groups]
@@ -76,9 +65,18 @@ def places_of(groups: Iterable[Group]) -> list[str]:
 
 
 def inner_width(group: Group) -> Pair:
-    """Channels of all heads together, or hidden units."""
+    """Channels of all heads together, hidden units, or channels of a ResNet."""
     dense, slim = group.get("dense_heads") or 1, group.get("heads") or 1
     return Pair(dense * group["dense_width"], slim * group["width"])
+
+
+def widths_told(group: Group) -> tuple[str, str]:
+    """The dense width and the one that stays: `40 × 8` per head, or a number of units."""
+    dense_heads, heads = group.get("dense_heads") or 1, group.get("heads") or 1
+    if dense_heads == 1:
+        return f"{group['dense_width']}", f"{group['width']}"
+    dense = numbers.product(group["dense_width"], dense_heads)
+    return dense, numbers.product(group["width"], heads)
 
 
 def sums(groups: Iterable[Group], keys: Iterable[Key], metric: str) -> dict[Key, Pair]:
@@ -118,23 +116,46 @@ def measured(results: Results, *path: str) -> Any:
     return None if isinstance(value, Mapping) and "unavailable" in value else value
 
 
+def timing(results: Results) -> Mapping[str, Any] | None:
+    """Seconds of one call and the speed-up: from an evaluation, or from the search for a speed."""
+    found = measured(results, "cost", "latency", "denoiser")
+    return found or measured(results, "plan", "figures", "latency")
+
+
 def plan_facts(results: Results) -> dict[str, str]:
     """How the widths were chosen, and the error that was expected of them."""
     plan = results.get("plan") or {}
     figures = plan.get("figures") or {}
     found = {key: str(plan[key]) for key in ("recipe", "allocation", "budget") if plan.get(key)}
-    for key, name in (
-        ("predicted_error", "predicted error"),
-        ("error_on_probes", "error on the calibration's inputs"),
-    ):
+    for key in ("predicted_error", "error_on_probes"):
         if key in figures:
-            found[name] = numbers.error(figures[key])
+            found[FIGURES[key]] = numbers.error(figures[key])
     return found
+
+
+def warnings(results: Results) -> list[str]:
+    """What the reader must know before any figure."""
+    params = (results.get("cost") or {}).get("params") or {}
+    if params.get("slim", 0) <= params.get("dense", 0):
+        return []
+    names = results.get("model") or {}
+    slim, dense = names.get("slim", "slim"), names.get("dense", "dense")
+    return [
+        f"The second model ({slim}) is larger than the first ({dense}): were they swapped? "
+        f"It is `slimdiff evaluate DENSE SLIM`."
+    ]
+
+
+def is_frontier(results: Results) -> bool:
+    """Whether they are of `slimdiff frontier` alone: no slim model was made."""
+    return "frontier" in results and not results.get("plan") and not results.get("cost")
 
 
 def title(results: Results) -> str:
     """The slim model's name, as far as the results know it."""
     model = results.get("model") or {}
+    if is_frontier(results):
+        return f"{model.get('dense') or 'model'}: frontier"
     return str(model.get("slim") or model.get("dense") or model.get("class") or "slim model")
 
 
@@ -145,21 +166,22 @@ def summary(results: Results) -> str:
     gone = [
         f"{numbers.percent(pair.removed)} of the {name}"
         for metric, name in METRICS.items()
-        if (pair := total(results, metric))
+        if (pair := total(results, metric)) and pair.removed >= 0
     ]
     costs = [part for part in (_speed(results), _likeness(results), _scenes(results)) if part]
     if not gone and not costs:
-        return f"{title(results)}: nothing was measured."
+        told = f"{title(results)}: nothing was measured."
+        return _knee(results) if is_frontier(results) else told
     named = f" is {dense} with" if dense and dense != title(results) else ":"
     removed = [f"{named} {' and '.join(gone)} of {whose} gone"] if gone else []
     return f"{title(results)}{'' if gone else ': '}{'; '.join(removed + costs)}."
 
 
 def _speed(results: Results) -> str:
-    speedup = measured(results, "cost", "latency", "denoiser", "speedup")
+    found = timing(results)
     allowed = measured(results, "cost", "macs_allow")
-    most = f" (its MACs allow {allowed:.2f})" if allowed else ""
-    return f"one call is {speedup:.2f} times as fast{most}" if speedup else ""
+    most = f" (its MACs allow {numbers.times(allowed)})" if allowed else ""
+    return f"one call is {numbers.faster(found['speedup'])}{most}" if found else ""
 
 
 def _likeness(results: Results) -> str:
@@ -167,7 +189,7 @@ def _likeness(results: Results) -> str:
     psnr = measured(results, "fidelity", "images", "psnr")
     parts = []
     if error is not None:
-        parts.append(f"the relative squared error of its prediction is {numbers.error(error)}")
+        parts.append(f"its {FIGURES['velocity']} is {numbers.error(error)}")
     if psnr is not None:
         parts.append(f"images of the same seeds agree to {psnr:.1f} dB PSNR")
     return " and ".join(parts)
@@ -180,3 +202,15 @@ def _scenes(results: Results) -> str:
         return ""
     before = "" if dense is None else f" (dense: {numbers.percent(dense)})"
     return f"{numbers.percent(slim)} of the scenes are drawn right{before}"
+
+
+def _knee(results: Results) -> str:
+    """Of a frontier alone: where to look first."""
+    found = results["frontier"]
+    knee, dense = found["points"][found["knee"]], found["dense"]
+    stays = " and ".join(
+        f"{numbers.percent(knee[metric] / dense[metric])} of the {name}"
+        for metric, name in METRICS.items()
+    )
+    error = numbers.error(knee["predicted"])
+    return f"At the knee {stays} stay, with a velocity error of {error}, predicted."

@@ -7,10 +7,11 @@ from typing import Any
 from slimdiff.report import numbers
 from slimdiff.report.html import Html
 from slimdiff.report.lines import ERROR_FLOOR, LARGE, label_errors, log_axis
+from slimdiff.report.names import FIGURES
 from slimdiff.report.svg import COLOURS, Tooltips, drawn
 from slimdiff.results import Results
 
-AXES = {"params": "Error against parameters that stay", "macs": "Error against speed"}
+AXES = {"params": "Velocity error against parameters", "macs": "Velocity error against speed"}
 
 
 def drawing(results: Results, axis_of: str) -> Html:
@@ -37,7 +38,7 @@ def drawing(results: Results, axis_of: str) -> Html:
         axis.xaxis.set_major_formatter(lambda value, _: _told(axis_of, value))
         if axis_of == "params":
             axis.invert_xaxis()
-        name = "parameters that stay" if axis_of == "params" else "times faster, as MACs allow"
+        name = "parameters that stay" if axis_of == "params" else FIGURES["macs_allow"]
         axis.set_xlabel(name)
         return tooltips
 

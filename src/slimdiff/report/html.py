@@ -46,11 +46,6 @@ def section(identity: str, title: str, *children: object) -> Html:
     )
 
 
-def missing(what: str, command: str) -> Html:
-    """One muted line where something would have been."""
-    return tag("p", f"{what}: run ", tag("code", command), ".", class_="missing")
-
-
 def scrolling(child: Html, label: str) -> Html:
     """What may be wider than a phone: it scrolls in a box of its own."""
     return tag("div", child, class_="scroll", role="region", aria_label=label, tabindex="0")

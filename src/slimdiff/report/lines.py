@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slimdiff.report import numbers
-from slimdiff.report.facts import Group, groups_of, kind_name, kinds_of, measured
+from slimdiff.report.facts import Group, groups_of, kinds_of, measured, widths_told
 from slimdiff.report.html import Html
-from slimdiff.report.plots import kind_colour
+from slimdiff.report.names import kind_colour, kind_name
 from slimdiff.report.svg import COLOURS, Tooltips, drawn
 from slimdiff.results import Results
 
@@ -17,14 +17,26 @@ ERROR_FLOOR = 1e-12  # below it a log axis shows rounding
 MANY = 40  # curves that would hide one another
 FEW_DECADES, NARROW = 2.2, 5  # decades, and a ratio, of an axis
 SMALL, LARGE = (340, 280), (430, 250)  # CSS pixels: three and two in a row
+IN_HALVES = (1, 2, 4)  # numbers of charts that fill rows of two better than rows of three
 
 
-def curves(results: Results, kind: str) -> Html | None:
-    """Predicted error of every group of a kind by the share of its width, and the chosen ones."""
+def curves(results: Results) -> dict[str, Html]:
+    """Kind -> predicted error of its groups by the share of their width, and the chosen ones."""
     groups = groups_of(results)
-    mine = [group for group in groups if group["kind"] == kind and group.get("curve")]
-    mine = [group for group in mine if max(group["curve"]["errors"]) > ERROR_FLOOR]
-    colour = kind_colour(kind, kinds_of(groups))
+    drawable: dict[str, list[Group]] = {}
+    for kind in kinds_of(groups):
+        mine = [group for group in groups if group["kind"] == kind and group.get("curve")]
+        if mine := [group for group in mine if max(group["curve"]["errors"]) > ERROR_FLOOR]:
+            drawable[kind] = mine
+    size = LARGE if len(drawable) in IN_HALVES else SMALL
+    kinds = kinds_of(groups)
+    return {
+        kind: _curves(kind, mine, COLOURS[kind_colour(kind, kinds)], size)
+        for kind, mine in drawable.items()
+    }
+
+
+def _curves(kind: str, mine: Sequence[Group], colour: str, size: tuple[int, int]) -> Html:
     alpha = 0.55 if len(mine) < MANY else 0.25
 
     def paint(figure: Any) -> Tooltips:
@@ -38,8 +50,8 @@ def curves(results: Results, kind: str) -> Html | None:
         axis.set_xlabel("share of the dense width")
         return tooltips
 
-    label = f"Predicted error by width of {len(mine)} {kind_name(kind)} groups"
-    return drawn(f"curves-{kind}", label, SMALL, paint) if mine else None
+    label = f"Velocity error, predicted, by width of {len(mine)} groups: {kind_name(kind)}"
+    return drawn(f"curves-{kind}", label, size, paint)
 
 
 def _curve(axis: Any, group: Group, colour: tuple[str, float], number: int) -> dict[str, str]:
@@ -49,7 +61,8 @@ def _curve(axis: Any, group: Group, colour: tuple[str, float], number: int) -> d
     seen = [error if error > ERROR_FLOOR else math.nan for error in errors]
     line, dot = f"l{number}", f"d{number}"
     axis.plot(shares, seen, color=colour, linewidth=1.3, gid=line)
-    tooltips = {line: f"{group['name']}: width {group['width']} of {group['dense_width']}"}
+    dense, slim = widths_told(group)
+    tooltips = {line: f"{group['name']}: {slim} of {dense}"}
     if (chosen := _at(widths, errors, group["width"])) > ERROR_FLOOR:
         share = group["width"] / group["dense_width"]
         axis.plot([share], [chosen], "o", markersize=4.5, color=colour[0], gid=dot)

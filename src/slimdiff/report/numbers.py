@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 ARROW = " \N{RIGHTWARDS ARROW} "
 SPACE = "\N{NO-BREAK SPACE}"
@@ -35,15 +36,33 @@ def percent(share: float) -> str:
 
 def error(value: float) -> str:
     """A relative error: 2.0e-7; zero as 0."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return _plain(f"{value:g}" if value == 0 or not math.isfinite(value) else f"{value:.1e}")
+
+
+def short(value: float) -> str:
+    """Three digits: 0.0123, 6.03e-7."""
+    return _plain(f"{value:.3g}")
 
 
 def times(factor: float) -> str:
-    """A speed-up: 1.08 ×."""
+    """A factor: 1.08 ×."""
     return f"{factor:.2f}{SPACE}\N{MULTIPLICATION SIGN}"
+
+
+def faster(speedup: float) -> str:
+    """A speed-up in words: 1.16 × faster, or what is below 1 as slower."""
+    return f"{times(speedup)} faster" if speedup >= 1 else f"{times(1 / speedup)} slower"
+
+
+def removed(dense: float, slim: float) -> str:
+    """How much less the slim model has: 8.3 % removed; of a larger one, how much more."""
+    share = 1 - slim / dense if dense else 0.0
+    return f"{percent(abs(share))} {'removed' if share >= 0 else 'more'}"
+
+
+def product(width: int, heads: int) -> str:
+    """A width of each of several heads: 24 × 8."""
+    return f"{width}{SPACE}\N{MULTIPLICATION SIGN}{SPACE}{heads}"
 
 
 def interval(low_high: tuple[float, float] | list[float]) -> str:
@@ -62,3 +81,8 @@ def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
     size, unit = next((pair for pair in units if number >= pair[0]), units[-1])
     value = number / size
     return f"{value:.0f}{unit}" if value >= 99.95 else f"{value:.3g}{unit}"
+
+
+def _plain(number: str) -> str:
+    """An exponent without the zero before it: 2.0e-07 as 2.0e-7."""
+    return re.sub(r"e([+-])0*(?=\d)", lambda found: "e" + found[1].strip("+"), number)

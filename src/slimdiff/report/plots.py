@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimdiff.report import numbers
-from slimdiff.report.facts import (
-    METRICS,
-    Group,
-    Pair,
-    groups_of,
-    inner_width,
-    kind_name,
-    kinds_of,
-    places_of,
-    rest_of,
-    sums,
-)
+from slimdiff.report import facts, numbers
+from slimdiff.report.facts import Group, Pair
 from slimdiff.report.html import Html
+from slimdiff.report.names import METRICS, UNITS, kind_colour, kind_name
 from slimdiff.report.svg import COLOURS, Tooltips, drawn
 from slimdiff.results import Results
 
@@ -27,24 +17,20 @@ WIDE = 1040  # CSS pixels: fills the page
 PALE = 0.3
 BAR, ROOM = 0.38, 22  # height of a bar in rows, and of a row in pixels
 LETTER = 7  # CSS pixels of a label
-
-
-def kind_colour(kind: str, kinds: Sequence[str]) -> str:
-    """The colour of a kind, the same in all plots."""
-    return COLOURS["rest" if kind == "rest" else f"kind-{list(kinds).index(kind) % 4}"]
+LEAST_ROOM = 2  # bars; a part of the network that has fewer gets as much room, for its name
 
 
 def where_it_went(results: Results, metric: str) -> Html:
     """Dense and slim bars, stacked by kind: of the whole denoiser, and of each block."""
-    groups = groups_of(results)
-    rest = rest_of(results, metric)
-    kind_of = [group["kind"] for group in groups]
-    by_place: dict[str, dict[str, Pair]] = {place: {} for place in places_of(groups)}
-    for (place, kind), pair in sums(groups, zip(places_of(groups), kind_of), metric).items():
+    groups = facts.groups_of(results)
+    rest = facts.rest_of(results, metric)
+    kind_of, places = [group["kind"] for group in groups], facts.places_of(groups)
+    by_place: dict[str, dict[str, Pair]] = {place: {} for place in places}
+    for (place, kind), pair in facts.sums(groups, zip(places, kind_of), metric).items():
         by_place[place][kind] = pair
-    whole = sums(groups, kind_of, metric)
+    whole = facts.sums(groups, kind_of, metric)
     whole |= {"rest": rest} if rest else {}
-    kinds = kinds_of(groups)
+    kinds = facts.kinds_of(groups)
 
     def paint(figure: Any) -> Tooltips:
         heights = {"height_ratios": [1.6, len(by_place) + 0.6]}
@@ -64,9 +50,9 @@ def _stacks(
     tooltips: dict[str, str] = {}
     for row, (name, parts) in enumerate(rows.items()):
         left = Pair(0, 0)
-        for kind, pair in parts.items():
-            gid, colour = f"{prefix}{len(tooltips)}", kind_colour(kind, kinds)
-            bar = {"height": BAR, "linewidth": 0}
+        for kind in (kind for kind in (*kinds, "rest") if kind in parts):
+            pair, colour = parts[kind], COLOURS[kind_colour(kind, kinds)]
+            gid, bar = f"{prefix}{len(tooltips)}", {"height": BAR, "linewidth": 0}
             axis.barh(row - 0.2, pair.dense, left=left.dense, color=(colour, PALE), **bar)
             axis.barh(row + 0.2, pair.slim, left=left.slim, color=colour, gid=gid, **bar)
             left += pair
@@ -76,28 +62,42 @@ def _stacks(
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(axis="x")
     axis.grid(visible=False, axis="y")
-    axis.locator_params(axis="x", nbins=5)
+    cover(axis.xaxis, nbins=5)
     axis.xaxis.set_major_formatter(lambda value, _: numbers.count(value))
     axis.spines["bottom"].set_visible(False)
     return tooltips
 
 
+def cover(axis: Any, nbins: int) -> None:
+    """Round ticks from zero, the last of them at or above the longest bar."""
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max(axis.get_data_interval())
+    end = longest if 0 < longest < math.inf else 1
+    ticks = MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end)
+    axis.set_ticks([tick for tick in ticks if tick >= 0])
+    limits = (0, ticks[-1])
+    axis.axes.set_xlim(limits) if axis.axis_name == "x" else axis.axes.set_ylim(limits)
+
+
 def plan(results: Results) -> Html:
     """The width of every group along the network: dense as outline, slim filled."""
-    groups = groups_of(results)
-    places = [(place, len({g["block"] for g in part})) for place, part in _by_place(groups)]
-    blocks = list(dict.fromkeys(group["block"] for group in groups))
-    kinds = kinds_of(groups)
+    groups = facts.groups_of(results)
+    kinds, places = facts.kinds_of(groups), _by_place(groups)
+    room = {
+        place: max(LEAST_ROOM, *(sum(g["kind"] == kind for g in part) for kind in kinds))
+        for place, part in places.items()
+    }
 
     def paint(figure: Any) -> Tooltips:
         axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
         tooltips: dict[str, str] = {}
         for axis, kind in zip(axes, kinds):
-            mine = [group for group in groups if group["kind"] == kind]
-            tooltips |= _widths(axis, mine, blocks, kind_colour(kind, kinds))
-            unit = "hidden units" if kind == "feed_forward" else "channels"
-            axis.set_title(f"{kind_name(kind)}, {unit}", loc="left", fontsize=12)
-        _name_places(axes, places)
+            mine = {p: [g for g in part if g["kind"] == kind] for p, part in places.items()}
+            tooltips |= _widths(axis, mine, room, COLOURS[kind_colour(kind, kinds)])
+            title = [kind_name(kind), *([UNITS[kind]] if kind in UNITS else [])]
+            axis.set_title(", ".join(title), loc="left", fontsize=12)
+        _name_places(axes, room)
         return tooltips
 
     label = f"Width of all {len(groups)} groups along the network, dense and slim"
@@ -105,42 +105,43 @@ def plan(results: Results) -> Html:
 
 
 def _widths(
-    axis: Any, groups: Sequence[Group], blocks: Sequence[str], colour: str
+    axis: Any, groups: Mapping[str, Sequence[Group]], room: Mapping[str, int], colour: str
 ) -> dict[str, str]:
-    """A bar for each group; those of one block share its place side by side."""
+    """A bar for each group of a kind; those of one place share its room side by side."""
     tooltips: dict[str, str] = {}
-    for block, part in groupby(groups, key=lambda group: group["block"]):
-        mine = list(part)
-        room = 0.84 / len(mine)
+    start = 0.0
+    for place, mine in groups.items():
+        step = room[place] / max(len(mine), 1)
         for number, group in enumerate(mine):
-            x = blocks.index(block) - 0.42 + (number + 0.5) * room
-            width, gid = inner_width(group), f"g{len(tooltips)}-{group['kind']}"
-            share = numbers.percent(1 - width.removed)
-            told = f"{width.slim:,.0f} of {width.dense:,.0f} ({share})"
-            bar = {"width": room * 0.86, "linewidth": 0.8}
+            x, gid = start + (number + 0.5) * step, f"g{len(tooltips)}-{group['kind']}"
+            width, (dense, slim) = facts.inner_width(group), facts.widths_told(group)
+            bar = {"width": step * 0.8, "linewidth": 0.8}
             axis.bar(x, width.slim, color=colour, edgecolor="none", width=bar["width"])
             axis.bar(x, width.dense, color=(colour, 0.13), edgecolor=colour, gid=gid, **bar)
-            tooltips[gid] = f"{group['name']}: {told}"
-    axis.locator_params(axis="y", nbins=4)
+            share = numbers.percent(1 - width.removed)
+            tooltips[gid] = f"{group['name']}: {slim} of {dense} ({share})"
+        start += room[place]
+    cover(axis.yaxis, nbins=3)
     axis.spines["bottom"].set_color(COLOURS["muted"])
     return tooltips
 
 
-def _name_places(axes: Sequence[Any], places: Sequence[tuple[str, int]]) -> None:
+def _name_places(axes: Sequence[Any], room: Mapping[str, int]) -> None:
     """Lines between the parts of the network, and their names below."""
-    start, middles = 0, []
-    for _, blocks in places:
-        middles.append(start + blocks / 2 - 0.5)
-        start += blocks
-        for axis in axes if start < sum(blocks for _, blocks in places) else []:
-            axis.axvline(start - 0.5, color=COLOURS["line"], linewidth=0.8)
-    room = WIDE / start
-    crowded = any(LETTER * len(place) > room * blocks for place, blocks in places)
+    end, middles = 0, []
+    for bars in room.values():
+        middles.append(end + bars / 2)
+        end += bars
+        for axis in axes if end < sum(room.values()) else []:
+            axis.axvline(end, color=COLOURS["line"], linewidth=0.8)
+    crowded = any(LETTER * len(place) > WIDE / end * bars for place, bars in room.items())
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes[-1].set_xticks(middles, [place for place, _ in places], **turned)
-    axes[-1].set_xlim(-0.6, start - 0.4)
+    axes[-1].set_xticks(middles, list(room), **turned)
+    axes[-1].set_xlim(-0.1, end + 0.1)
 
 
-def _by_place(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    placed = zip(places_of(groups), groups)
-    return [(k, [g for _, g in part]) for k, part in groupby(placed, key=lambda pair: pair[0])]
+def _by_place(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for place, group in zip(facts.places_of(groups), groups):
+        found.setdefault(place, []).append(group)
+    return found

@@ -10,12 +10,14 @@ from typing import Any
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report.html import Html, tag, text
+from slimdiff.report.names import KIND_COLOURS
 
 # Stand-ins for the page's colours, which follow the light or dark theme.
 COLOURS = {
     name: f"#0{number:x}0b0c"
     for number, name in enumerate(
-        ("ink", "muted", "line", "rest", "accent", "kind-0", "kind-1", "kind-2", "kind-3"), start=1
+        ("ink", "muted", "line", "rest", "accent", *(f"kind-{i}" for i in range(KIND_COLOURS))),
+        start=1,
     )
 }
 POINT = 1 / 72  # inches; one unit of an SVG's own coordinates

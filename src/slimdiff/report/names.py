@@ -1,0 +1,59 @@
+"""What figures and kinds of groups are called, on the page and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+METRICS = {"params": "parameters", "macs": "MACs"}
+
+FIGURES = {
+    "params": "parameters",
+    "macs": "MACs of one call",
+    "bytes": "size of the denoiser",
+    "peak_memory": "peak memory of one call",
+    "denoiser": "time of one call",
+    "pipeline": "time of an image",
+    "macs_allow": "times faster, as MACs allow",
+    "share_reached": "share of it that was reached",
+    "predicted_error": "velocity error, predicted",
+    "error_on_probes": "velocity error on probes",
+    "velocity": "velocity error on test prompts",
+    "psnr": "PSNR to the dense images",
+    "ssim": "SSIM to the dense images",
+    "frechet": "Fréchet distance",
+    "kernel": "kernel distance",
+    "clip": "CLIP score",
+    "scenes": "scenes drawn right",
+}
+
+KINDS = {
+    "query_key": "query-key",
+    "value_output": "value-output",
+    "feed_forward": "feed-forward",
+    "resnet": "ResNet channels",
+}
+REST = "outside the groups"
+UNITS = {  # of a width, where the kind's name does not say it
+    "query_key": "channels per head \N{MULTIPLICATION SIGN} heads",
+    "value_output": "channels per head \N{MULTIPLICATION SIGN} heads",
+    "feed_forward": "hidden units",
+}
+KIND_COLOURS = 6
+
+
+def kind_name(kind: str) -> str:
+    """A kind of group, or `rest`, as the reader knows it."""
+    return REST if kind == "rest" else KINDS.get(kind, kind.replace("_", "-"))
+
+
+def kind_colour(kind: str, kinds: Sequence[str]) -> str:
+    """The name of a kind's colour: its own, or of a kind that is new, the next one."""
+    known = [*KINDS, *(found for found in kinds if found not in KINDS)]
+    return "rest" if kind == "rest" else f"kind-{known.index(kind) % KIND_COLOURS}"
+
+
+def stage_told(stage: str, time: str, reused: Collection[str]) -> tuple[str, str]:
+    """What a stage of compression took, and a note; statistics that were there took nothing."""
+    if stage not in reused:
+        return time, ""
+    return ("reused", "") if stage == "calibrate" else (time, "error curves reused")
