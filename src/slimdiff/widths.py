@@ -70,6 +70,7 @@ def allocate(
     temperature: float = 0.3,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
+    timed_rows: int = 2,
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -89,6 +90,8 @@ def allocate(
         layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
             that the recipe knows (`paper` and `magnitude` leave ResNets alone).
         curves: from `measure_curves`; measured here if not given.
+        timed_rows: rows of the call whose time is budgeted, at most as many as there are probes;
+            two is one image with guidance.
         folder: where a profile of the layers' times is kept, for budgets that are a time.
         progress: called with (stage, groups done, groups in all).
 
@@ -106,7 +109,7 @@ def allocate(
         )
     job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
     if budget.metric == "latency":
-        return _as_fast(job, folder, progress)
+        return _as_fast(job, timed_rows, folder, progress)
     if budget.largest_error is not None:
         return _as_good(job, budget.largest_error)
     return job.plan()
@@ -193,10 +196,9 @@ def frontier_of(
     )
 
 
-def _as_fast(job: _Job, folder: str | Path | None, progress: Progress | None) -> Plan:
-    """Two rows make a call, as guidance makes one image."""
+def _as_fast(job: _Job, rows: int, folder: str | Path | None, progress: Progress | None) -> Plan:
     device = next(job.denoiser.parameters()).device
-    call = next(iter(job.statistics.probes.batches(2, device)), None)
+    call = next(iter(job.statistics.probes.batches(rows, device)), None)
     if call is None:
         raise SlimdiffError("the statistics hold no probes to time; record with num_probes")
     multiple = job.settings.multiple
