@@ -22,6 +22,9 @@ MANY = 512
 """Test prompts of the dense row and of the headline, whose accuracies are compared to a point."""
 
 SHARES = (0.20, 0.41, 0.60, 0.75)
+TIMED_ROWS = 16
+"""Rows of a call whose speed is asked for, eight images with guidance: of two rows so small a model
+spends much of its time between the layers."""
 
 
 class Bench:
@@ -83,7 +86,7 @@ class Bench:
         allocation, _, temperature = allocation.partition(" ")
         curves, seconds, peak = self.curves(recipe, allocation, layers)
         how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "curves": curves}
-        how["layers"] = layers
+        how |= {"layers": layers, "timed_rows": TIMED_ROWS}
         how |= {"temperature": float(temperature)} if temperature else {}
 
         def make() -> Any:
@@ -145,6 +148,7 @@ class Bench:
             "by_timestep": error.by_timestep,
             **self.trial.quality(pipe, count),
             "call_speedup": self.trial.call_speedup(unet),
+            "batch_speedup": self.trial.call_speedup(unet, TIMED_ROWS),
             "sampling_speedup": self.trial.sampling_speedup(pipe),
         }
 

@@ -88,7 +88,7 @@ def rows_of_the_whole(bench: Bench) -> Iterator[Row]:
 def rows_by_speed(bench: Bench) -> Iterator[Row]:
     """ResNets too, to a measured speed-up; the peer gets as many MACs as that took."""
     for speedup in () if bench.quick else SPEEDUPS:
-        labels = {"group": f"A denoiser call {speedup} times faster, ResNets too"}
+        labels = {"group": f"A call of eight images {speedup} times faster, ResNets too"}
         budget = slimdiff.Budget(speedup=speedup)
         name = f"speed {speedup} slimdiff"
         slim = _recipe(bench, name, labels, budget, bench.size.images, layers=None)
