@@ -107,7 +107,7 @@ def whole(result: dict[str, Any]) -> str:
             row["group"],
             row["method"],
             f"{row['params'] / dense['params']:.0%}",
-            f"{row['macs'] / dense['macs']:.0%}",
+            f"{row['macs'] / dense['macs']:.0%}" if "macs" in row else "",
             f"{row['velocity_error']:.1e}",
             f"{row['psnr']:.1f} dB",
             f"{row['scene_accuracy']:.1%} of {row['images']}",
