@@ -1,7 +1,7 @@
 """What the page says beside its figures: names, warnings, kinds, and how to repeat it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sample_results
@@ -128,6 +128,7 @@ def test_heads_that_went_are_told():
     assert (dense, slim) == ("40 × 8", "40 × 1")
 
 
+@example(longest=0.0010000000000000002, nbins=2)
 @given(longest=st.floats(1e-3, 1e12), nbins=st.integers(2, 8))
 def test_an_axis_covers_its_last_tick_and_the_longest_bar(longest, nbins):
     from matplotlib.figure import Figure
