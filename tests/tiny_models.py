@@ -90,10 +90,142 @@ def plain_gelu() -> tuple[nn.Module, Inputs]:
     return model.eval(), _inputs()
 
 
+def _latents(generator: torch.Generator, channels: int = 4) -> torch.Tensor:
+    return torch.randn(2, channels, 8, 8, generator=generator)
+
+
+def _calls(call: Callable[[torch.Generator, int], dict[str, Any]]) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    return [call(generator, step) for step in range(4)]
+
+
+def _joint(**changes: Any) -> tuple[nn.Module, Inputs]:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 8,
+    }
+
+    def call(generator: torch.Generator, step: int) -> dict[str, Any]:
+        return {
+            "hidden_states": _latents(generator),
+            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
+            "pooled_projections": torch.randn(2, 20, generator=generator),
+            "timestep": torch.full((2,), 900.0 - 200 * step),
+        }
+
+    return SD3Transformer2DModel(**(config | changes)).eval(), _calls(call)
+
+
+def sd3() -> tuple[nn.Module, Inputs]:
+    """Joint attention of image and text; the last block puts out no text."""
+    return _joint()
+
+
+def sd35() -> tuple[nn.Module, Inputs]:
+    """Normalised queries and keys, and a second attention layer in the first block."""
+    return _joint(qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def pixart() -> tuple[nn.Module, Inputs]:
+    """Self- and cross-attention under adaLN-single."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        caption_channels=24,
+        use_additional_conditions=False,
+    )
+
+    def call(generator: torch.Generator, step: int) -> dict[str, Any]:
+        return {
+            "hidden_states": _latents(generator),
+            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
+            "timestep": torch.full((2,), 900.0 - 200 * step),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    return model.eval(), _calls(call)
+
+
+def dit() -> tuple[nn.Module, Inputs]:
+    """Self-attention alone, conditioned on a class."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=8, in_channels=4
+    )
+
+    def call(generator: torch.Generator, step: int) -> dict[str, Any]:
+        return {
+            "hidden_states": _latents(generator),
+            "timestep": torch.full((2,), 900 - 200 * step),
+            "class_labels": torch.randint(1000, (2,), generator=generator),
+        }
+
+    return model.eval(), _calls(call)
+
+
+def flux() -> tuple[nn.Module, Inputs]:
+    """Rotary positions, and single blocks whose output projection two layers share."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    positions = torch.stack(torch.meshgrid(*map(torch.arange, (1, 4, 4)), indexing="ij"), -1)
+
+    def call(generator: torch.Generator, step: int) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(2, 16, 16, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
+            "pooled_projections": torch.randn(2, 20, generator=generator),
+            "timestep": torch.full((2,), 0.9 - 0.2 * step),
+            "img_ids": positions.view(16, 3).float(),
+            "txt_ids": torch.zeros(7, 3),
+            "guidance": torch.full((2,), 3.5),
+        }
+
+    return model.eval(), _calls(call)
+
+
 TINY_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "sd1": sd1,
     "sd2": sd2,
     "sdxl": sdxl,
     "cross_only": cross_only,
     "plain_gelu": plain_gelu,
+    "sd3": sd3,
+    "sd35": sd35,
+    "pixart": pixart,
+    "dit": dit,
+    "flux": flux,
 }

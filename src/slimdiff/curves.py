@@ -19,7 +19,7 @@ from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import LAYERS, Group, layer_at
+from slimdiff.groups import LAYERS, Group, layer_at, weight_of
 from slimdiff.probing import Probed
 from slimdiff.recipes import Ordered, decompose_group
 from slimdiff.statistics import Statistics
@@ -165,10 +165,17 @@ def effective_weights(
         "feed_forward": ("down", decompose.effective_down),
         "resnet": ("conv2", decompose.effective_convolution),
     }[group.kind]
-    layer = layer_at(denoiser, group.paths[role])
-    swapped = {f"{group.paths[role]}.weight": effective(layer.weight.detach(), maps)}
-    if role == "k" and layer.bias is not None:
-        swapped[f"{group.paths[role]}.bias"] = effective(layer.bias.detach(), maps)
+    swapped: dict[str, Tensor] = {}
+    for own in group.streams(role):
+        layer, path = layer_at(denoiser, group.paths[own]), group.paths[own]
+        dense = weight_of(denoiser, group, own)
+        weight = layer.weight.detach().clone()
+        weight[:, group.input_columns(own)] = effective(
+            dense.flatten(1) if role == "down" else dense, maps
+        ).view_as(dense)
+        swapped[f"{path}.weight"] = weight
+        if role == "k" and layer.bias is not None:
+            swapped[f"{path}.bias"] = effective(layer.bias.detach(), maps)
     return swapped
 
 

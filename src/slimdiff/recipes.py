@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition, HeadSelection
-from slimdiff.groups import Group, layer_at
+from slimdiff.groups import Group, layer_at, weight_of
 from slimdiff.statistics import Statistics
 
 
@@ -72,7 +72,9 @@ def _value_output(
     refit = recipe.values == "refit"
     moment = statistics.mean(f"{group.layer}/{VALUE_MOMENTS[recipe.values]}")
     damping = _damping(statistics, f"{group.layer}/z", moment) if refit else decompose.DAMPING
-    weight = _weight(denoiser, group.paths["out"])
+    # Both streams of joint attention read the same values: one basis serves both outputs.
+    outputs = [weight_of(denoiser, group, role) for role in group.streams("out")]
+    weight = torch.cat(outputs).double()
     return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
 
 
@@ -91,7 +93,7 @@ def _feed_forward(
             damping=damping,
         )
     return decompose.feed_forward(
-        _weight(denoiser, group.paths["down"]),
+        weight_of(denoiser, group, "down").flatten(1).double(),
         moment,
         order=recipe.units,
         refit=recipe.refit,
@@ -175,7 +177,3 @@ def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
     if statistics.sums[name].dtype == torch.float64:
         return decompose.DAMPING
     return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)
-
-
-def _weight(denoiser: nn.Module, path: str) -> Tensor:
-    return layer_at(denoiser, path).weight.detach().double()
