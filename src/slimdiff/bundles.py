@@ -66,7 +66,7 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         sizes = (
             allocate.allowed_sizes(first.heads, 1)
             if by_heads
-            else allocate.allowed_sizes(first.width, allocation.multiple, first.step)
+            else allocate.allowed_sizes(first.width, allocation.multiple, first.step, first.largest)
         )
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles

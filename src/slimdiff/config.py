@@ -65,7 +65,7 @@ class Recipe:
         refit: whether the down projection is refit to the units that stay.
         heads: attention loses whole heads by magnitude instead of width per head.
         allocation: default allocation.
-        layers: what may shrink: `attention`, `feed_forward` and `resnet`.
+        layers: what may shrink: `attention`, `feed_forward`, `resnet` and `modulation`.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Recipe:
     refit: bool = True
     heads: bool = False
     allocation: Literal["probed", "entropic", "uniform", "threshold"] = "probed"
-    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet")
+    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet", "modulation")
 
 
 TRANSFORMER = ("attention", "feed_forward")

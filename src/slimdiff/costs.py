@@ -29,14 +29,19 @@ class GroupCost:
         params: parameters per inner channel.
         fixed: parameters that stay whatever the width (the bias of the last layer).
         macs: multiply-accumulates per inner channel in one forward.
+        dense: inner channels, parameters and MACs of a layer that is no sum over its channels
+            unless it shrinks (a linear that would become two).
     """
 
     params: int
     fixed: int
     macs: int
+    dense: tuple[int, int, int] | None = None
 
     def of(self, metric: str, inner: int) -> int:
         """Cost at `inner` channels; fixed parameters are left out of it."""
+        if self.dense is not None and self.dense[0] == inner:
+            return self.dense[1 if metric == "params" else 2]
         return inner * (self.params if metric == "params" else self.macs)
 
 
@@ -133,6 +138,8 @@ def _count_rows(denoiser: nn.Module, path: str, rows: dict[str, int]) -> Any:
 def _group_cost(
     denoiser: nn.Module, group: Group, rows: Mapping[str, int], scores: Mapping[str, int]
 ) -> GroupCost:
+    if group.kind == "modulation":
+        return _modulation_cost(denoiser, group, rows)
     params = macs = fixed = 0
     for role, path in group.paths.items():
         own = weight_of(denoiser, group, role).numel() // group.inner
@@ -144,6 +151,17 @@ def _group_cost(
     # Weighted values cost what scores do; where queries and keys keep their width, values are
     # padded to it, and a narrower width saves nothing there.
     return GroupCost(params, fixed, macs + scores.get(group.layer, 0))
+
+
+def _modulation_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
+    """Of rank r, a linear of o outputs and i inputs holds r (o + i) numbers instead of o i."""
+    linear, path = layer_at(denoiser, group.layer), group.layer
+    assert isinstance(linear, nn.Linear)
+    outputs, inputs = linear.out_features, linear.in_features
+    per_rank, vectors = outputs + inputs, rows.get(path, 0)
+    fixed = 0 if linear.bias is None else outputs
+    dense = outputs * inputs if group.largest is not None else group.width * per_rank
+    return GroupCost(per_rank, fixed, per_rank * vectors, (group.width, dense, dense * vectors))
 
 
 def _scores(group: Group, rows: Mapping[str, int]) -> int:

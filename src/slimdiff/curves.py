@@ -140,7 +140,7 @@ def _gains(probes: Probed, group: Group, decomposition: Decomposition) -> dict[i
     floor = SMALLEST_SHARE * float(errors[0])
     gains: dict[int, float] = {}
     for share in PROBED_SHARES:
-        width = _multiple(group, int(share * group.width))
+        width = _multiple(group, int(share * (group.largest or group.width)))
         while width > group.step and float(errors[width]) <= floor:
             width = _multiple(group, width // 2)
         predicted = float(errors[width])
@@ -164,6 +164,7 @@ def effective_weights(
         "value_output": ("out", decompose.effective_output),
         "feed_forward": ("down", decompose.effective_down),
         "resnet": ("conv2", decompose.effective_convolution),
+        "modulation": ("linear", decompose.effective_modulation),
     }[group.kind]
     swapped: dict[str, Tensor] = {}
     for own in group.streams(role):

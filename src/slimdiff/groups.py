@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Kind = Literal["query_key", "value_output", "feed_forward", "resnet"]
+Kind = Literal["query_key", "value_output", "feed_forward", "resnet", "modulation"]
 
 LAYERS: dict[str, str] = {
     "query_key": "attention",
     "value_output": "attention",
     "feed_forward": "feed_forward",
     "resnet": "resnet",
+    "modulation": "modulation",
 }
 """What a person calls the layer that a kind of group is part of."""
 
@@ -99,6 +100,20 @@ class ResNet:
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """A linear of a block that makes shifts, scales and gates of one vector per image and step.
+
+    `shared`: the vector is the same for all such layers of the denoiser, so it is recorded once.
+    """
+
+    path: str
+    shared: bool = True
+
+
+Spec = Attention | FeedForward | ResNet | Modulation
+
+
+@dataclass(frozen=True)
 class Block:
     """The blocks whose module path matches `pattern` in full, and the layers inside each.
 
@@ -106,7 +121,7 @@ class Block:
     """
 
     pattern: str
-    layers: tuple[Attention | FeedForward | ResNet, ...]
+    layers: tuple[Spec, ...]
     output: int = 0
 
 
@@ -151,16 +166,19 @@ class Group:
 
     Attributes:
         name: path of the layer, with `.qk` or `.vo` for the two halves of an attention layer.
-        kind: `query_key`, `value_output`, `feed_forward` or `resnet`.
-        layer: module path of the attention or feed-forward layer, or of the ResNet.
+        kind: `query_key`, `value_output`, `feed_forward`, `resnet` or `modulation`.
+        layer: module path of the attention or feed-forward layer, the ResNet or the modulation.
         block: module path of the transformer block, or of the ResNet.
         paths: role -> module path of the linear, convolution or norm.
         heads: attention heads (1 for the others).
-        width: dense width: channels per head, hidden units, or a ResNet's inner channels.
+        width: dense width: channels per head, hidden units, a ResNet's inner channels, or the
+            rank of a modulation.
         gated: `up` and `depth` (feed-forward) or `time` (ResNet) have 2 * width rows.
         step: widths are multiples of this: the channels of a norm group (ResNet only).
         columns: role -> the input columns (start, stop) that are the group's, of a shared linear.
         output: place of the hidden states in what the block returns.
+        source: what its statistics are named after, if not the layer: several groups share them.
+        largest: the largest width that saves anything, if not the one below the dense one.
     """
 
     name: str
@@ -174,6 +192,8 @@ class Group:
     step: int = 1
     columns: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     output: int = 0
+    source: str = ""
+    largest: int | None = None
 
     @property
     def inner(self) -> int:

@@ -117,6 +117,13 @@ def _resnet(
     )
 
 
+def _modulation(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
+) -> Decomposition | HeadSelection:
+    moment = statistics.mean(f"{group.source or group.layer}/x")
+    return decompose.modulation(weight_of(denoiser, group, "linear"), moment)
+
+
 def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> None:
     """Refuse statistics that lack what the recipe needs for this group.
 
@@ -125,6 +132,9 @@ def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> No
     """
     inner, per_head = group.heads * group.width, (group.heads, group.width, group.width)
     needed: dict[str, tuple[int, ...]]
+    if group.kind == "modulation":
+        # The moment is of the input, which no width of the group says.
+        return
     if group.kind == "resnet":
         needed = {"lags": (len(decompose.LAGS), inner, inner)}
     elif group.kind == "feed_forward":
@@ -145,6 +155,7 @@ DECOMPOSERS: dict[str, Callable[..., Decomposition | HeadSelection]] = {
     "value_output": _value_output,
     "feed_forward": _feed_forward,
     "resnet": _resnet,
+    "modulation": _modulation,
 }
 
 
@@ -156,6 +167,8 @@ def importances(group: Group, statistics: Statistics) -> Tensor:
     if group.kind == "resnet":
         energy_c = statistics.mean(f"{group.layer}/lags")[0].diagonal()
         magnitude = energy_c.view(-1, group.step).mean(1).sqrt()
+    elif group.kind == "modulation":
+        magnitude = statistics.mean(f"{group.source or group.layer}/x_magnitude")
     elif group.kind == "feed_forward":
         magnitude = statistics.mean(f"{group.layer}/h_magnitude")
     else:

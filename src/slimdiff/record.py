@@ -71,7 +71,7 @@ def recording(
         denoiser.register_forward_hook(lambda *_: recorder.end_call()),
     ]
     try:
-        for group in groups:
+        for group in _sources(groups):
             handles.extend(HOOKS[group.kind](recorder, denoiser, group))
         for block, output in {group.block: group.output for group in groups}.items():
             handles.append(_hook_block(recorder, denoiser, block, output))
@@ -81,6 +81,12 @@ def recording(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sources(groups: Sequence[Group]) -> list[Group]:
+    """The groups without those whose statistics another one's are."""
+    first = {(group.kind, group.source or group.name): group for group in reversed(groups)}
+    return [group for group in groups if first[group.kind, group.source or group.name] is group]
 
 
 def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
@@ -161,11 +167,20 @@ def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[
     ]
 
 
+def _hook_modulation(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
+    def hook(_module: nn.Module, args: tuple) -> None:
+        x = args[0]  # one vector per image, or one per token
+        recorder.moment(f"{group.source or group.layer}/x", x if x.ndim == 3 else x.unsqueeze(1))
+
+    return [denoiser.get_submodule(group.layer).register_forward_pre_hook(hook)]
+
+
 HOOKS: dict[str, Callable[[Recorder, nn.Module, Group], list[Any]]] = {
     "query_key": _hook_query_key,
     "value_output": _hook_value_output,
     "feed_forward": _hook_feed_forward,
     "resnet": _hook_resnet,
+    "modulation": _hook_modulation,
 }
 
 

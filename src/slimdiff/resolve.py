@@ -16,6 +16,7 @@ from slimdiff.groups import (
     Family,
     FeedForward,
     Group,
+    Modulation,
     ResNet,
     Shared,
 )
@@ -51,6 +52,8 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
     for layer in spec.layers:
         if isinstance(layer, ResNet):
             yield _resnet_group(path, block, layer)
+        elif isinstance(layer, Modulation):
+            yield _modulation_group(path, block, layer, spec.output)
         elif getattr(block, layer.path, None) is None:
             continue
         elif isinstance(layer, Attention):
@@ -157,6 +160,27 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
         rows == 2 * units,
         columns=columns,
         output=output,
+    )
+
+
+def _modulation_group(block_path: str, block: nn.Module, spec: Modulation, output: int) -> Group:
+    path, linear = f"{block_path}.{spec.path}", _linear(block, spec.path, block_path)
+    rows, columns = linear.out_features, linear.in_features
+    factored = getattr(linear, "projection", None)
+    width = min(rows, columns) if factored is None else len(factored)
+    # The factors hold r (rows + columns) numbers instead of rows * columns.
+    largest = (rows * columns - 1) // (rows + columns) if factored is None else None
+    return Group(
+        path,
+        "modulation",
+        path,
+        block_path,
+        {"linear": path},
+        1,
+        width,
+        output=output,
+        source="modulation" if spec.shared else "",
+        largest=largest,
     )
 
 

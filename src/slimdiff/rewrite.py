@@ -12,7 +12,7 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.groups import LAYERS, Group, layer_at, stem, weight_of
+from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
 from slimdiff.shapes import slim_config
@@ -61,9 +61,13 @@ def rewrite(
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
         slim = _slim_weights(denoiser, group, plan.entries[group.name], own)
+        if group.kind == "modulation":
+            _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in slim.values()))
+            slim = {}
         for role, weights in slim.items():
             _put(denoiser, group, role, *weights)
-        own.pop("weight", None)  # a ResNet's new kernel is no map: it is the weight itself
+        for name in ("weight", "projection"):  # new weights themselves, no maps
+            own.pop(name, None)
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
             progress("rewrite", done, len(changed))
@@ -106,6 +110,8 @@ def _slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
     linears = {role: _parameters(denoiser, group, role) for role in group.paths}
+    if group.kind == "modulation":
+        return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
     if group.kind == "resnet":
         slim = _resnet(linears, group, maps)
     elif "heads" in maps:
@@ -187,6 +193,13 @@ def _parameters(denoiser: nn.Module, group: Group, role: str) -> tuple[Tensor, T
     bias = layer_at(denoiser, group.paths[role]).bias
     weight = weight_of(denoiser, group, role).double()
     return weight, None if bias is None else bias.detach().double()
+
+
+def _factor(linear: Layer, weight: Tensor, projection: Tensor) -> None:
+    """Split a linear into two; its bias stays."""
+    dense = linear.weight
+    linear.weight = _parameter(weight, dense)
+    linear.register_parameter("projection", _parameter(projection, dense))
 
 
 def _put(denoiser: nn.Module, group: Group, role: str, weight: Tensor, bias: Tensor | None) -> None:

@@ -25,7 +25,8 @@ def slim_config(
     config: dict[str, Any] = {"linears": {}, "convolutions": {}, "norms": {}, "attentions": {}}
     inner = {group.name: _inner(group, entries) for group in groups}
     shared = _shared_inputs(groups, inner)
-    for group in changed:
+    config["factored"] = {g.layer: inner[g.name] for g in changed if g.kind == "modulation"}
+    for group in (group for group in changed if group.kind != "modulation"):
         for role, path in group.paths.items():
             layer = layer_at(denoiser, path)
             if isinstance(layer, nn.GroupNorm):

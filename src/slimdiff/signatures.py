@@ -133,7 +133,7 @@ def _sketched(
         return hook
 
     handles = []
-    for group in groups:
+    for group in (group for group in groups if group.kind != "modulation"):
         paths = list(group.paths.values())
         inner = [path for role, path in group.paths.items() if not is_inward(role)]
         last = denoiser.get_submodule((inner or paths)[-1])

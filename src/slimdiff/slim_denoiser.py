@@ -9,10 +9,11 @@ that config.json holds under "slimdiff":
      "linears": {"<path of a linear>": [in_features, out_features]},
      "convolutions": {"<path of a convolution>": [in_channels per group, out_channels]},
      "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
+     "factored": {"<path of a linear>": rank},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
 
-qk and vo are channels per head of queries and keys, and of values. `convolutions` and `norms` may
-be left out.
+qk and vo are channels per head of queries and keys, and of values. `convolutions`, `norms` and
+`factored` may be left out.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
         _resize_convolution(_layer(model, path, nn.Conv2d), inputs, outputs)
     for path, (groups, channels) in slim.get("norms", {}).items():
         _resize_norm(_layer(model, path, nn.GroupNorm), groups, channels)
+    for path, rank in slim.get("factored", {}).items():
+        _factor(_layer(model, path, nn.Linear), rank)
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
     return model
@@ -147,6 +150,28 @@ def _resize(linear: nn.Linear, inputs: int, outputs: int) -> None:
     if linear.bias is not None:
         linear.bias = _empty_like(linear.bias, (outputs,))
     linear.reset_parameters()
+
+
+class FactoredLinear(nn.Linear):
+    """A linear of low rank: weight (out_features, rank) times projection (rank, in_features)."""
+
+    projection: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project (..., in_features) to the rank, and from there to (..., out_features)."""
+        return F.linear(F.linear(input, self.projection), self.weight, self.bias)
+
+
+def _factor(linear: Any, rank: int) -> None:
+    outputs, inputs = linear.out_features, linear.in_features
+    linear.__class__ = FactoredLinear
+    if linear.weight.shape == (outputs, rank) and hasattr(linear, "projection"):
+        return
+    dense = linear.weight
+    linear.weight = _empty_like(dense, (outputs, rank))
+    linear.register_parameter("projection", _empty_like(dense, (rank, inputs)))
+    linear.reset_parameters()
+    nn.init.normal_(linear.projection, std=inputs**-0.5)
 
 
 def _resize_convolution(conv: nn.Conv2d, inputs: int, outputs: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimdiff.groups import Attention, Block, Family, FeedForward, Integers, Shapes
+from slimdiff.groups import Attention, Block, Family, FeedForward, Integers, Modulation, Shapes
 
 
 def inputs(config: Mapping[str, Any]) -> Shapes:
@@ -18,6 +18,11 @@ def inputs(config: Mapping[str, Any]) -> Shapes:
 
 FAMILY = Family(
     denoiser="DiTTransformer2DModel",
-    blocks=(Block(r"transformer_blocks\.\d+", (Attention("attn1"), FeedForward("ff"))),),
+    blocks=(
+        Block(
+            r"transformer_blocks\.\d+",
+            (Modulation("norm1.linear", shared=False), Attention("attn1"), FeedForward("ff")),
+        ),
+    ),
     inputs=inputs,
 )

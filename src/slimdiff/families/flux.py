@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimdiff.groups import Attention, Block, Family, FeedForward, Shapes, Shared
+from slimdiff.groups import Attention, Block, Family, FeedForward, Modulation, Shapes, Shared
 
 
 def inputs(config: Mapping[str, Any]) -> Shapes:
@@ -25,6 +25,8 @@ FAMILY = Family(
         Block(
             r"transformer_blocks\.\d+",
             (
+                Modulation("norm1.linear"),
+                Modulation("norm1_context.linear"),
                 Attention("attn", fixed_queries=True),
                 FeedForward("ff"),
                 FeedForward("ff_context"),
@@ -34,6 +36,7 @@ FAMILY = Family(
         Block(
             r"single_transformer_blocks\.\d+",
             (
+                Modulation("norm.linear"),
                 Attention("attn", out=Shared("proj_out", 0), fixed_queries=True),
                 FeedForward("proj_mlp", up="", down=Shared("proj_out", 1)),
             ),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimdiff.groups import Attention, Block, Family, FeedForward, Given, Shapes
+from slimdiff.groups import Attention, Block, Family, FeedForward, Given, Modulation, Shapes
 
 
 def inputs(config: Mapping[str, Any]) -> Shapes:
@@ -26,6 +26,7 @@ def inputs(config: Mapping[str, Any]) -> Shapes:
 FAMILY = Family(
     denoiser="PixArtTransformer2DModel",
     blocks=(
+        Block(r"adaln_single", (Modulation("linear"),)),
         Block(
             r"transformer_blocks\.\d+",
             (Attention("attn1"), Attention("attn2"), FeedForward("ff")),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimdiff.groups import Attention, Block, Family, FeedForward, Shapes
+from slimdiff.groups import Attention, Block, Family, FeedForward, Modulation, Shapes
 
 
 def inputs(config: Mapping[str, Any]) -> Shapes:
@@ -22,7 +22,14 @@ FAMILY = Family(
     blocks=(
         Block(
             r"transformer_blocks\.\d+",
-            (Attention("attn"), Attention("attn2"), FeedForward("ff"), FeedForward("ff_context")),
+            (
+                Modulation("norm1.linear"),
+                Modulation("norm1_context.linear"),
+                Attention("attn"),
+                Attention("attn2"),
+                FeedForward("ff"),
+                FeedForward("ff_context"),
+            ),
             output=1,
         ),
     ),
