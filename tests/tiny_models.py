@@ -410,6 +410,84 @@ def controlnet() -> tuple[nn.Module, Inputs]:
     return model.eval(), _inputs(**control)
 
 
+def _tokens(padded: bool = False, **more: Any) -> Inputs:
+    """Prompts of several lengths; padding is told by a mask, or looks like the end token."""
+
+    def call(generator: torch.Generator, step: int) -> dict[str, Any]:
+        ids = torch.randint(3, 60, (2, 12), generator=generator)
+        lengths = torch.tensor([[5 + step], [12 - step]])
+        outside = torch.arange(12) >= lengths
+        ids[outside] = 2
+        mask = {"attention_mask": (~outside).long()} if padded else {}
+        return {"input_ids": ids} | mask | more
+
+    return _calls(call)
+
+
+def _clip(kind: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=24,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return _livelier(getattr(transformers, kind)(config))
+
+
+def _livelier(model: nn.Module, factor: float = 4.0) -> nn.Module:
+    """Random text encoders begin with weights so small that layers hardly matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name and "shared" not in name:
+                parameter.mul_(factor)
+    return model.eval()
+
+
+def clip_text() -> tuple[nn.Module, Inputs]:
+    """Causal attention over all positions."""
+    return _clip("CLIPTextModel"), _tokens()
+
+
+def clip_text_projection() -> tuple[nn.Module, Inputs]:
+    """As SDXL calls it: pooled, projected, and all hidden states."""
+    return _clip("CLIPTextModelWithProjection"), _tokens(output_hidden_states=True)
+
+
+def _t5(kind: str) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=3,
+        num_heads=2,
+        feed_forward_proj=kind,
+    )
+    return _livelier(T5EncoderModel(config), 1.0)
+
+
+def t5() -> tuple[nn.Module, Inputs]:
+    """Gates of their own, relative positions, and padding that a mask tells."""
+    return _t5("gated-gelu"), _tokens(padded=True)
+
+
+def t5_plain() -> tuple[nn.Module, Inputs]:
+    """No gates, no mask."""
+    return _t5("relu"), _tokens()
+
+
 TINY_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "sd1": sd1,
     "sd2": sd2,
@@ -428,4 +506,8 @@ TINY_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "hunyuan_dit": hunyuan_dit,
     "sana": sana,
     "controlnet": controlnet,
+    "clip_text": clip_text,
+    "clip_text_projection": clip_text_projection,
+    "t5": t5,
+    "t5_plain": t5_plain,
 }

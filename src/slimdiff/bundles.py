@@ -51,17 +51,18 @@ class Bundle:
 def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[Bundle]:
     """All groups that may shrink, those together that get one size.
 
-    Whole heads can only go where queries and keys may lose theirs too.
+    Whole heads can only go where queries and keys may lose theirs too, and one by one.
     """
     together: dict[str, list[Group]] = {}
     for group in groups:
-        tied = allocation.tied or recipe.heads
+        tied = allocation.tied or recipe.heads or group.tied
         together.setdefault(group.layer if tied else group.name, []).append(group)
     bundles = []
     for members in together.values():
         first = members[0]
         by_heads = recipe.heads and LAYERS[first.kind] == "attention"
-        if by_heads and not any(group.kind == "query_key" for group in members):
+        queries = any(group.kind == "query_key" for group in members)
+        if by_heads and (first.fixed_heads or not queries):
             continue
         sizes = (
             allocate.allowed_sizes(first.heads, 1)

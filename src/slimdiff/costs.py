@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.groups import Given, Group, Integers, Shapes, is_inward, layer_at, weight_of
@@ -96,7 +97,7 @@ def parameters(module: nn.Module) -> int:
 
 def example_inputs(denoiser: nn.Module) -> dict[str, Any]:
     """Inputs of one forward at the denoiser's native size, on the meta device."""
-    shapes = family_of(denoiser).inputs(dict(denoiser.config))  # type: ignore[arg-type]  # a FrozenDict
+    shapes = family_of(denoiser).inputs(settings(denoiser))
     return _meta_tensors(shapes, next(denoiser.parameters()).dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which component of a pipeline is the denoiser."""
+"""Which component of a pipeline is the denoiser, and which others can shrink."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from slimdiff.errors import SlimdiffError
 NAMES = ("unet", "transformer")
 """What diffusers pipelines call their denoiser."""
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""What they call their text encoders."""
+
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     """Name and module of a diffusers pipeline's denoiser; a compiled one is unwrapped.
@@ -19,12 +22,49 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         SlimdiffError: there is none; lists the components that were found.
     """
     for name in NAMES:
-        module = getattr(pipe, name, None)
-        module = getattr(module, "_orig_mod", module)
-        if isinstance(module, nn.Module):
+        module = _module(pipe, name)
+        if module is not None:
             return name, module
-    found = ", ".join(sorted(getattr(pipe, "components", {}))) or "no components"
     raise SlimdiffError(
-        f"{type(pipe).__name__}: has no {' or '.join(NAMES)} (found: {found}); expected a "
+        f"{type(pipe).__name__}: has no {' or '.join(NAMES)} (found: {_found(pipe)}); expected a "
         f"diffusers pipeline with a denoiser"
     )
+
+
+def component_of(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
+    """Name and module of a component that can shrink: the denoiser, or a text encoder by name.
+
+    Raises:
+        SlimdiffError: the pipeline has none of that name; lists the components that were found.
+    """
+    if name is None:
+        return denoiser_of(pipe)
+    module = _module(pipe, name)
+    if module is None or name not in (*NAMES, *ENCODERS):
+        raise SlimdiffError(
+            f"{type(pipe).__name__}: component {name!r} cannot shrink (found: {_found(pipe)}); "
+            f"expected one of {', '.join((*NAMES, *ENCODERS))} that the pipeline has"
+        )
+    return name, module
+
+
+def slim_components(pipe: Any) -> dict[str, nn.Module]:
+    """The slim ones among the denoiser and the text encoders, by name."""
+    found = {name: _module(pipe, name) for name in (*NAMES, *ENCODERS)}
+    return {name: m for name, m in found.items() if m is not None and settings(m).get("slimdiff")}
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """A model's config, of diffusers or of transformers, as a dictionary; empty if it has none."""
+    config: Any = getattr(module, "config", None) or {}
+    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _module(pipe: Any, name: str) -> nn.Module | None:
+    module = getattr(pipe, name, None)
+    module = getattr(module, "_orig_mod", module)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _found(pipe: Any) -> str:
+    return ", ".join(sorted(getattr(pipe, "components", {}))) or "no components"

@@ -26,7 +26,7 @@ LAYERS: dict[str, str] = {
 ADDED = "_added"
 """Ends the roles of a joint attention layer's second stream: `q_added`, `out_added`, ..."""
 
-_INWARD = {"q", "k", "v", "up", "depth", "conv1", "time", "norm"}
+_INWARD = {"q", "k", "v", "up", "gate", "depth", "conv1", "time", "norm"}
 
 
 def stem(role: str) -> str:
@@ -57,6 +57,11 @@ class Attention:
     The second stream of joint attention is found by the names that diffusers gives its linears.
     Queries and keys stay as they are where they are normalised, or where `fixed_queries` says that
     something else forbids to mix their channels (rotary positions, another product than a softmax).
+
+    `heads` names the attribute that counts the heads. Products of queries and keys are divided by
+    the root of their width, but for an `unscaled` layer. A `tied` layer takes one width for
+    queries, keys and values; heads of a `fixed_heads` layer cannot go one by one (a bias is added
+    to the products of each).
     """
 
     path: str
@@ -65,6 +70,10 @@ class Attention:
     v: str = "to_v"
     out: str | Shared = "to_out.0"
     fixed_queries: bool = False
+    heads: str = "heads"
+    unscaled: bool = False
+    tied: bool = False
+    fixed_heads: bool = False
 
 
 SECOND_STREAM = {
@@ -81,12 +90,16 @@ class FeedForward:
     """A feed-forward layer of a block; whether it is gated is read off the weights.
 
     `depth` is a depthwise convolution between `up` and `down`, which are then 1 by 1 convolutions.
+    `gate` is the linear of the gates where they have one of their own; a model of that class
+    without gates calls its only inward linear `plain`.
     """
 
     path: str
     up: str = "net.0.proj"
     down: str | Shared = "net.2"
     depth: str = ""
+    gate: str = ""
+    plain: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,16 +161,19 @@ class Family:
     """A model family: the denoiser class, named by string, its blocks and its inputs.
 
     Attributes:
-        denoiser: class name in diffusers.
+        denoiser: class name in diffusers, or of a text encoder in transformers.
         blocks: where its layers are.
         inputs: maps the denoiser's config to the shapes of one forward's arguments (batch 1).
         kept: what does not shrink -> why, for the reader.
+        text: it is a text encoder: what it is given are token ids, and where an `attention_mask` is
+            0 they are padding that nothing looks at.
     """
 
     denoiser: str
     blocks: tuple[Block, ...]
     inputs: Callable[[Mapping[str, Any]], Shapes]
     kept: Mapping[str, str] = field(default_factory=dict)
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,7 @@ class Group:
         output: place of the hidden states in what the block returns.
         source: what its statistics are named after, if not the layer: several groups share them.
         largest: the largest width that saves anything, if not the one below the dense one.
+        unscaled, tied, fixed_heads: see `Attention`.
     """
 
     name: str
@@ -194,6 +211,9 @@ class Group:
     output: int = 0
     source: str = ""
     largest: int | None = None
+    unscaled: bool = False
+    tied: bool = False
+    fixed_heads: bool = False
 
     @property
     def inner(self) -> int:

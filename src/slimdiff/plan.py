@@ -112,6 +112,7 @@ class Plan:
             if entry := self.entries.get(group.name):
                 _check_entry(group, entry)
         self._check_heads(groups)
+        self._check_tied(groups)
 
     def changed(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that lose something."""
@@ -127,6 +128,16 @@ class Plan:
                     f"keeps {heads[group.layer]}; give both the same"
                 )
 
+    def _check_tied(self, groups: Sequence[Group]) -> None:
+        widths: dict[str, int] = {}
+        for group in (group for group in groups if group.tied):
+            own = self.entries[group.name].width if group.name in self.entries else group.width
+            if widths.setdefault(group.layer, own) != own:
+                raise SlimdiffError(
+                    f"{group.name}: has width {own}, but its attention layer's other half has "
+                    f"{widths[group.layer]}; a text encoder takes one width, give both the same"
+                )
+
 
 def _check_entry(group: Group, entry: Entry) -> None:
     dense = (entry.dense_width, entry.dense_heads)
@@ -134,6 +145,11 @@ def _check_entry(group: Group, entry: Entry) -> None:
         raise SlimdiffError(
             f"{group.name}: the plan was made for (width, heads) {dense}, the denoiser has "
             f"{(group.width, group.heads)}; was it made for another model, or slimmed already?"
+        )
+    if group.fixed_heads and entry.heads != group.heads:
+        raise SlimdiffError(
+            f"{group.name}: heads is {entry.heads!r}, expected {group.heads}; no head of this layer "
+            f"can go, narrow all of them"
         )
     for what, value, largest in (
         ("width", entry.width, group.width),

@@ -8,6 +8,7 @@ rows are seen nor on how the work was split, and two reservoirs merge into the o
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,15 @@ class Probes:
             values = tensor.detach().flatten()[:HASHED_VALUES].double().cpu()
             digest.update(path.encode() + values.numpy().tobytes())
         return digest.hexdigest()
+
+
+def bound(signature: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, those that the signature only knows as `**kwargs` too."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:

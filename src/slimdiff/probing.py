@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slimdiff.errors import SlimdiffError
+from slimdiff.families import family_of
 
-STAGE = re.compile(r"[^.]+(\.\d+)?")
-"""Paths of the parts that a denoiser runs one after another, such as `down_blocks.0`."""
+STAGE = re.compile(r"((text_model\.)?encoder\.)?[^.]+(\.\d+)?")
+"""Paths of the parts that a denoiser runs one after another, such as `down_blocks.0`, or those of a
+text encoder, such as `encoder.layers.0`."""
+
+PENULTIMATE = -2
+"""The hidden states of a text encoder that SDXL and SD3 take."""
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -24,8 +29,22 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [tensor for part in output for tensor in tensors_of(part)]
 
 
+def encoded(output: tuple[Any, ...], mask_bt: Tensor | None) -> list[Tensor]:
+    """What a text encoder puts out, of its hidden states only the last but one.
+
+    Rows (batch, tokens, channels) are 0 where `mask_bt` says that they are padding.
+    """
+    tensors = [part if isinstance(part, Tensor) else part[PENULTIMATE] for part in output]
+    if mask_bt is None:
+        return tensors
+    return [mask_bt.unsqueeze(-1) * x if x.ndim == 3 else x for x in tensors]
+
+
 class Probed:
     """A denoiser's outputs on its probes, to compare changed weights with.
+
+    The outputs of a text encoder (states, pooled state, projection) count alike, whatever their
+    size: each is relative to its own.
 
     What a stage puts out before the changed weight is reached is the same as in the dense run: it
     is kept from there, so that only the rest of the denoiser runs again.
@@ -38,26 +57,38 @@ class Probed:
                 "num_probes of at least 1, or choose another allocation than `probed`"
             )
         self.denoiser, self.batches = denoiser, batches
+        self.text = family_of(denoiser).text
         self.stages: list[str] = []
         self.kept: list[dict[str, Any]] = []
         self.dense = [self._dense_output(batch) for batch in batches]
-        self.energy = sum(float(y.double().square().sum()) for ys in self.dense for y in ys)
+        self.energies = [
+            sum(float(y.double().square().sum()) for y in places)
+            for places in zip(*self.dense, strict=True)
+        ]
 
     def error(self, weights: dict[str, Tensor]) -> float:
         """Relative squared error of the output with these parameters swapped in for one run.
 
         Without weights: of the denoiser as it stands now.
         """
-        squared = sum(
-            float((own.double() - dense.double()).square().sum())
-            for i, outputs in enumerate(self.dense)
-            for own, dense in zip(self._output(i, weights), outputs, strict=True)
-        )
-        return squared / self.energy if self.energy else 0.0
+        squared = [0.0] * len(self.energies)
+        for i, outputs in enumerate(self.dense):
+            pairs = zip(self._output(i, weights), outputs, strict=True)
+            for place, (own, dense) in enumerate(pairs):
+                squared[place] += float((own.double() - dense.double()).square().sum())
+        if not self.text:
+            squared, energies = [sum(squared)], [sum(self.energies)]
+        else:
+            energies = self.energies
+        return sum(s / e for s, e in zip(squared, energies, strict=True) if e) / len(energies)
 
     def _output(self, i: int, weights: dict[str, Tensor]) -> list[Tensor]:
         with torch.inference_mode(), self._skipping(i, self._unchanged(weights)):
-            return tensors_of(functional_call(self.denoiser, weights, (), self.batches[i]))
+            output = functional_call(self.denoiser, weights, (), self.batches[i])
+            return self._tensors(output, self.batches[i])
+
+    def _tensors(self, output: Any, batch: dict[str, Any]) -> list[Tensor]:
+        return encoded(output, batch.get("attention_mask")) if self.text else tensors_of(output)
 
     def _dense_output(self, batch: dict[str, Any]) -> list[Tensor]:
         order: list[str] = []
@@ -77,7 +108,7 @@ class Probed:
         ]
         try:
             with torch.inference_mode():
-                outputs = tensors_of(self.denoiser(**batch))
+                outputs = self._tensors(self.denoiser(**batch), batch)
         finally:
             for handle in handles:
                 handle.remove()

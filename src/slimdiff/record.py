@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.families import groups_of
+from slimdiff.families import family_of, groups_of
 from slimdiff.groups import SECOND_STREAM, Group
-from slimdiff.probes import Probes
+from slimdiff.probes import Probes, bound
 from slimdiff.recorder import Recorder
 from slimdiff.statistics import Statistics
 
@@ -34,7 +34,8 @@ def record(
     """Record the statistics of `denoiser` while the caller runs it.
 
     Args:
-        denoiser: any denoiser of a known family; it is not changed.
+        denoiser: any denoiser or text encoder of a known family; it is not changed. Where a text
+            encoder is given an attention mask, the padding does not count.
         groups: what to record for; all groups of the denoiser by default.
         statistics: adds to these instead of starting from nothing.
         seed: chooses token rows and probes.
@@ -90,10 +91,11 @@ def _sources(groups: Sequence[Group]) -> list[Group]:
 
 
 def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
-    signature = inspect.signature(denoiser.forward)
+    signature, text = inspect.signature(denoiser.forward), family_of(denoiser).text
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        recorder.begin_call(dict(signature.bind(*args, **kwargs).arguments))
+        arguments = bound(signature, args, kwargs)
+        recorder.begin_call(arguments, arguments.get("attention_mask") if text else None)
 
     return hook
 

@@ -38,6 +38,7 @@ class Recorder:
         self.tokens_per_sample = tokens_per_sample
         self.dtype = dtype
         self.weight = 1.0
+        self._counting: Tensor | None = None  # (batch, tokens): which are no padding; None: all
         self._suspects: dict[str, Tensor] = {}
         self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
 
@@ -52,7 +53,12 @@ class Recorder:
         Softmax ignores what is constant over the keys of a query, so the centred moment is the one
         that counts.
         """
-        centred_bti = k_bti - k_bti.float().mean(1, keepdim=True).to(k_bti.dtype)
+        if self._counting is None:
+            mean_b1i = k_bti.float().mean(1, keepdim=True)
+        else:
+            own_bt1 = self._counting.unsqueeze(-1)
+            mean_b1i = (own_bt1 * k_bti.float()).sum(1, keepdim=True) / own_bt1.sum(1, keepdim=True)
+        centred_bti = k_bti - mean_b1i.to(k_bti.dtype)
         self.heads_moment(name, k_bti, heads)
         self.heads_moment(f"{name}_centred", centred_bti, heads)
 
@@ -73,16 +79,22 @@ class Recorder:
             self._add(name, y_bti.new_full((1,), y_bti[..., 0].numel()), y_bti[..., 0].numel())
             return
         cosine_n = torch.cosine_similarity(x_bti.float(), y_bti.float(), dim=-1).flatten()
+        if self._counting is not None:
+            cosine_n = cosine_n[self._counting.flatten()]
         self._add(name, (1 - cosine_n).sum().reshape(1), cosine_n.numel())
 
     def rows(self, name: str, x_bti: Tensor) -> Tensor:
         """At most `tokens_per_sample` tokens of x (fewer where x is wide), the same every run.
 
+        Where some are padding, the others of all samples are joined to one.
         A Gram matrix of width i costs i^2 a row; beyond 1024 channels rows are thinned so that it
         stays below the cost of the layer that it describes.
         """
-        tokens, width = x_bti.shape[1], x_bti.shape[2]
-        kept = self._kept(width)
+        kept = self._kept(x_bti.shape[2])
+        if self._counting is not None:
+            kept *= len(x_bti)
+            x_bti = x_bti[self._counting].unsqueeze(0)
+        tokens = x_bti.shape[1]
         if tokens <= kept:
             return x_bti
         order = torch.randperm(tokens, generator=self._chance(name))
@@ -113,8 +125,12 @@ class Recorder:
             )
         self.statistics.weights[name] += self.weight * len(chosen) * height * width
 
-    def begin_call(self, arguments: dict[str, Any]) -> None:
-        """Offer the inputs of a denoiser call to the probes."""
+    def begin_call(self, arguments: dict[str, Any], mask_bt: Tensor | None = None) -> None:
+        """Offer the inputs of a denoiser call to the probes.
+
+        `mask_bt` (batch, tokens) is 0 for padding, which does not count.
+        """
+        self._counting = None if mask_bt is None or bool(mask_bt.all()) else mask_bt.bool()
         self.statistics.probes.offer(arguments)
 
     def end_call(self) -> None:

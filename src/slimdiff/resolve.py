@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,8 @@ ADAPTER_HINT = (
     "merge or remove adapters first (pipe.fuse_lora() then pipe.unload_lora_weights(), "
     "pipe.unload_ip_adapter())"
 )
+NATURE = ("unscaled", "tied", "fixed_heads")
+"""What an attention layer's data says that its groups say too."""
 
 
 def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
@@ -54,12 +57,20 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
             yield _resnet_group(path, block, layer)
         elif isinstance(layer, Modulation):
             yield _modulation_group(path, block, layer, spec.output)
-        elif getattr(block, layer.path, None) is None:
+        elif _absent(block, layer.path):
             continue
         elif isinstance(layer, Attention):
             yield from _attention_groups(path, block, layer, spec.output)
         else:
             yield _feed_forward_group(path, block, layer, spec.output)
+
+
+def _absent(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return True
+    return False
 
 
 def _attention_groups(
@@ -81,7 +92,7 @@ def _attention_groups(
             f"{paths['v']}: has {inner} outputs, but {paths['out']} takes "
             f"{linears['out'].in_features}; grouped-query attention is not supported"
         )
-    heads = int(getattr(module, "heads", 0))
+    heads = int(getattr(module, spec.heads, 0))
     query_width = _head_width(path, linears["q"].out_features, heads)
     value_width = _head_width(path, inner, heads)
     for role, linear in linears.items():
@@ -93,21 +104,11 @@ def _attention_groups(
             )
     qk = {role: own for role, own in paths.items() if role[0] in "qk"}
     vo = {role: own for role, own in paths.items() if role[0] in "vo"}
+    more: dict[str, Any] = {name: getattr(spec, name) for name in NATURE} | {"output": output}
     if not (spec.fixed_queries or _normalised(module)):
-        yield Group(
-            f"{path}.qk", "query_key", path, block_path, qk, heads, query_width, output=output
-        )
-    yield Group(
-        f"{path}.vo",
-        "value_output",
-        path,
-        block_path,
-        vo,
-        heads,
-        value_width,
-        columns=columns,
-        output=output,
-    )
+        yield Group(f"{path}.qk", "query_key", path, block_path, qk, heads, query_width, **more)
+    more["columns"] = columns
+    yield Group(f"{path}.vo", "value_output", path, block_path, vo, heads, value_width, **more)
 
 
 def _attention_paths(
@@ -135,7 +136,11 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
     layer = f"{block_path}.{spec.path}"
     shared = isinstance(spec.down, Shared)
     down_name = spec.down.path if isinstance(spec.down, Shared) else f"{spec.path}.{spec.down}"
-    names = {"up": f"{spec.path}.{spec.up}".rstrip("."), "down": down_name}
+    plain = bool(spec.plain) and hasattr(block.get_submodule(spec.path), spec.plain)
+    up = spec.plain if plain else spec.up
+    names = {"up": f"{spec.path}.{up}".rstrip("."), "down": down_name}
+    if spec.gate and not plain:
+        names["gate"] = f"{spec.path}.{spec.gate}"
     kind: type[nn.Linear] | type[nn.Conv2d] = nn.Linear
     if spec.depth:
         names["depth"], kind = f"{spec.path}.{spec.depth}", nn.Conv2d
@@ -144,7 +149,9 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
     columns = {}
     if shared:
         columns, units = {"down": (units - rows, units)}, rows
-    if rows not in (units, 2 * units) or "depth" in layers and len(layers["depth"].weight) != rows:
+    if rows not in (units, 2 * units) or any(
+        len(layers[role].weight) != rows for role in ("depth", "gate") if role in layers
+    ):
         raise SlimdiffError(
             f"{block_path}.{names['up']}: has {rows} outputs, expected {units} or, gated, "
             f"{2 * units}, because {names['down']} has {units} inputs"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
+from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
@@ -88,7 +89,7 @@ def refuse_slim(denoiser: nn.Module) -> None:
     Raises:
         SlimdiffError: it is.
     """
-    if dict(getattr(denoiser, "config", {})).get("slimdiff"):
+    if settings(denoiser).get("slimdiff"):
         raise SlimdiffError(
             f"{type(denoiser).__name__}: is slim already; start from the dense model, with the "
             f"smaller budget"
@@ -143,7 +144,12 @@ def _mapped(
 def _rescaled(
     denoiser: nn.Module, group: Group, entry: Entry, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention divides by the root of the present head width: fold the difference into q."""
+    """Attention divides by the root of the present head width: fold the difference into q.
+
+    A layer that does not divide at all gives the same products at any width.
+    """
+    if group.unscaled:
+        return weight, bias
     scale = getattr(denoiser.get_submodule(group.layer), "scale", group.width**-0.5)
     factor = float(scale) * entry.width**0.5
     return weight * factor, None if bias is None else bias * factor
