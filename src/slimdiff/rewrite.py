@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,29 @@ def rewrite(
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
+    for group in plan.changed(groups):
+        check_statistics(group, statistics, recipe_named(plan.recipe))
+    maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
+    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
+    return denoiser
+
+
+def slim_groups_(
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    statistics: Statistics,
+    plan: Plan,
+    *,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Put the smaller weights of `groups` into `denoiser`, and return the maps; no other change.
+
+    Maps are keyed `<group name>/<map name>`, on the CPU.
+    """
     maps: dict[str, Tensor] = {}
     changed = sorted(plan.changed(groups), key=_first_column, reverse=True)
-    recipe = recipe_named(plan.recipe)
-    for group in changed:
-        check_statistics(group, statistics, recipe)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
@@ -71,9 +89,7 @@ def rewrite(
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
             progress("rewrite", done, len(changed))
-    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
-    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
-    return denoiser
+    return maps
 
 
 def _first_column(group: Group) -> int:
