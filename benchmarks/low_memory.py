@@ -4,7 +4,7 @@
 
 Blocks have FLUX.1's width (3072 channels, 24 heads, 12288 hidden units) in bfloat16; the number of
 blocks changes time, not memory, because one block is in memory at a time. Weights and statistics
-are random and lie in a folder beside the results, which is removed. The plan is uniform.
+are random and lie in a temporary folder. The plan is uniform.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
         "guidance_embeds": True,
     }
     stages = Stages()
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as work:
+    with tempfile.TemporaryDirectory() as work:
         dense, kept, out = (Path(work) / name for name in ("dense", "statistics", "slim"))
         dense.mkdir()
         denoiser = generate(dense, config)

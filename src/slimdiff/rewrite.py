@@ -78,12 +78,8 @@ def slim_groups_(
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
-        slim = _slim_weights(denoiser, group, plan.entries[group.name], own)
-        if group.kind == "modulation":
-            _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in slim.values()))
-            slim = {}
-        for role, weights in slim.items():
-            _put(denoiser, group, role, *weights)
+        slim = slim_weights(denoiser, group, plan.entries[group.name], own)
+        put_(denoiser, group, slim)
         for name in ("weight", "projection"):  # new weights themselves, no maps
             own.pop(name, None)
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
@@ -122,9 +118,10 @@ def _maps(
     return decomposition.maps(size)
 
 
-def _slim_weights(
+def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
+    """What a group's layers become under `maps`: weight and bias by role, in float64."""
     linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "modulation":
         return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
@@ -216,6 +213,15 @@ def _factor(linear: Layer, weight: Tensor, projection: Tensor) -> None:
     dense = linear.weight
     linear.weight = _parameter(weight, dense)
     linear.register_parameter("projection", _parameter(projection, dense))
+
+
+def put_(denoiser: nn.Module, group: Group, weights: Weights) -> None:
+    """Put the weights of `slim_weights` into the denoiser, in its own dtype."""
+    if group.kind == "modulation":
+        _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in weights.values()))
+        return
+    for role, own in weights.items():
+        _put(denoiser, group, role, *own)
 
 
 def _put(denoiser: nn.Module, group: Group, role: str, weight: Tensor, bias: Tensor | None) -> None:
