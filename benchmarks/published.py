@@ -7,31 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shapes import CROSS_DOWN, DOWN, SD15, SDXL
+from shapes import CROSS_DOWN, DOWN, PIXART, SD3, SD15, SDXL
 
-SD3: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-PIXART: dict[str, Any] = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "cross_attention_dim": 1152,
-    "sample_size": 128,
-    "caption_channels": 4096,
-    "use_additional_conditions": False,
-}
 CONTROLNET: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),

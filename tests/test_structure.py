@@ -25,6 +25,7 @@ VOCABULARY = {
     "resolve",
     "shapes",
     "statistics",
+    "statistics_file",
 }
 # What a module (or the modules of a folder) may import of slimdiff, wherever in the file.
 MAY_IMPORT = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,28 +53,40 @@ def rewrite(
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
+    for group in plan.changed(groups):
+        check_statistics(group, statistics, recipe_named(plan.recipe))
+    maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
+    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
+    return denoiser
+
+
+def slim_groups_(
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    statistics: Statistics,
+    plan: Plan,
+    *,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Put the smaller weights of `groups` into `denoiser`, and return the maps; no other change.
+
+    Maps are keyed `<group name>/<map name>`, on the CPU.
+    """
     maps: dict[str, Tensor] = {}
     changed = sorted(plan.changed(groups), key=_first_column, reverse=True)
-    recipe = recipe_named(plan.recipe)
-    for group in changed:
-        check_statistics(group, statistics, recipe)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
-        slim = _slim_weights(denoiser, group, plan.entries[group.name], own)
-        if group.kind == "modulation":
-            _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in slim.values()))
-            slim = {}
-        for role, weights in slim.items():
-            _put(denoiser, group, role, *weights)
+        slim = slim_weights(denoiser, group, plan.entries[group.name], own)
+        put_(denoiser, group, slim)
         for name in ("weight", "projection"):  # new weights themselves, no maps
             own.pop(name, None)
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
             progress("rewrite", done, len(changed))
-    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
-    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
-    return denoiser
+    return maps
 
 
 def _first_column(group: Group) -> int:
@@ -107,9 +119,10 @@ def _maps(
     return decomposition.maps(size)
 
 
-def _slim_weights(
+def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
+    """What a group's layers become under `maps`: weight and bias by role, in float64."""
     linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "modulation":
         return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
@@ -206,6 +219,15 @@ def _factor(linear: Layer, weight: Tensor, projection: Tensor) -> None:
     dense = linear.weight
     linear.weight = _parameter(weight, dense)
     linear.register_parameter("projection", _parameter(projection, dense))
+
+
+def put_(denoiser: nn.Module, group: Group, weights: Weights) -> None:
+    """Put the weights of `slim_weights` into the denoiser, in its own dtype."""
+    if group.kind == "modulation":
+        _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in weights.values()))
+        return
+    for role, own in weights.items():
+        _put(denoiser, group, role, *own)
 
 
 def _put(denoiser: nn.Module, group: Group, role: str, weight: Tensor, bias: Tensor | None) -> None:

@@ -474,7 +474,7 @@ def _save_record(model: Any, folder: Path) -> None:
         from safetensors.torch import save_file
 
         (folder / PLAN_FILE).write_text(record.plan.to_json(), encoding="utf-8")
-        maps = {name: _compact(value) for name, value in record.maps.items()}
+        maps = {name: compact(value) for name, value in record.maps.items()}
         save_file(maps, str(folder / MAPS_FILE), metadata={"format": "pt"})
         return
     source = Path(str(model.config.get("_name_or_path") or ""))
@@ -490,7 +490,7 @@ def _same_slim(source: Path, model: Any) -> bool:
     return bool(config.get("slimdiff") == model.config["slimdiff"])
 
 
-def _compact(value: Tensor) -> Tensor:
+def compact(value: Tensor) -> Tensor:
     """Float16 where that is accurate to 1e-3, else float32; integers stay as they are."""
     value = value.detach().cpu()
     if not value.is_floating_point():
