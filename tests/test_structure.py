@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "decompose": {"decompose", "errors"},
     "families": {"families", "groups", "resolve", "errors"},
     "slim_denoiser": set(),
+    "slim_text_encoder": set(),
     "metrics": {"errors"},
     "picture": {"errors"},
     "report": {"report", "errors", "results"},
@@ -44,6 +45,7 @@ MAY_LOAD = {
     "picture": set(),
     "report": set(),
     "slim_denoiser": {"torch", "diffusers"},
+    "slim_text_encoder": {"torch", "transformers"},
     "cli": {"rich", "typer"},
     "reference": {"torch", "numpy"},
 }

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.denoiser import NAMES, denoiser_of
+from slimdiff.components import is_slim, read_denoiser, read_encoder, slim_names
+from slimdiff.denoiser import ENCODERS, NAMES, denoiser_of, slim_components
 from slimdiff.errors import SlimdiffError
-from slimdiff.folders import read_json, reading, replacing
+from slimdiff.folders import reading, replacing
 from slimdiff.integrity import (
     CONFIG_FILE,
+    ENCODER_WEIGHTS,
     INDEX_FILE,
     WEIGHTS,
     check_savable,
-    class_of,
     config_of,
+    is_encoder,
     record_of,
-    refuse_missing_weights,
-    verify_manifest,
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -44,7 +44,7 @@ def save(
     """Write `denoiser` to folder `out`, whole or not at all, and return `out`.
 
     Args:
-        denoiser: slim or dense; a slim one is saved with its plan and maps.
+        denoiser: or a text encoder, slim or dense; a slim one is saved with its plan and maps.
         out: a new folder, an empty one, or that of a denoiser, which is replaced.
         variant: as in diffusers: `fp16` names the weights `diffusion_pytorch_model.fp16.*`.
         max_shard_size: larger weights are split.
@@ -68,7 +68,7 @@ def save_pipeline(
     """Write a whole pipeline with a model card to folder `out`, or nothing; return `out`.
 
     Args:
-        pipe: a diffusers pipeline whose denoiser is slim or dense.
+        pipe: a diffusers pipeline whose denoiser and text encoders are slim or dense.
         out: a new folder, an empty one, or that of a pipeline, which is replaced.
         variant: as in diffusers; holds for all components.
         max_shard_size: larger weights are split.
@@ -79,9 +79,9 @@ def save_pipeline(
     """
     from slimdiff.model_card import write_model_card
 
-    name, denoiser = denoiser_of(pipe)
-    check_savable(denoiser)
-    setattr(pipe, name, getattr(pipe, name))  # has the pipeline note the class that it has by now
+    for name, module in {**dict([denoiser_of(pipe)]), **slim_components(pipe)}.items():
+        check_savable(module)
+        setattr(pipe, name, getattr(pipe, name))  # the pipeline notes the class that it has by now
     with replacing(out, INDEX_FILE) as folder:
         _save(pipe, folder, variant, max_shard_size)
         write_model_card(pipe, folder, Path(out).resolve().name)
@@ -96,10 +96,10 @@ def load(
     variant: str | None = None,
     verify: bool = True,
 ) -> Any:
-    """Load a denoiser, slim or dense; a slim one gets its `slim_record` back.
+    """Load a denoiser or a text encoder, slim or dense; a slim one gets its `slim_record` back.
 
     Args:
-        path: the denoiser's own folder.
+        path: its own folder.
         torch_dtype, device_map, variant: as in diffusers.
         verify: compare the files of a slim denoiser with its manifest.
 
@@ -110,19 +110,8 @@ def load(
     folder = Path(path)
     config = config_of(folder)
     slim = config.get("slimdiff")
-    model_class = class_of(config, folder)
-    if slim and verify:
-        verify_manifest(folder)
-    refuse_missing_weights(folder, variant)
-    with reading(folder):
-        model, info = model_class.from_pretrained(
-            str(folder),
-            device_map=device_map,
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-            torch_dtype=torch_dtype,
-        )
+    read = read_encoder if is_encoder(config) else read_denoiser
+    model, info = read(folder, config, torch_dtype, device_map, variant, bool(slim and verify))
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise SlimdiffError(
@@ -159,12 +148,12 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    from slimdiff import slim_denoiser  # noqa: F401  (lets diffusers find the classes by name)
+    from slimdiff import slim_denoiser, slim_text_encoder  # noqa: F401  (diffusers finds classes there)
 
     folder = _local(path, options)
-    name = None if folder is None else _slim_component(folder)
-    if folder is not None and name is not None and name not in options:
-        options[name] = _load_component(folder / name, torch_dtype, device_map, variant, verify)
+    for name in [] if folder is None else slim_names(folder):
+        if folder is not None and name not in options:
+            options[name] = _load_component(folder / name, torch_dtype, device_map, variant, verify)
     settings = {"use_safetensors": True, "device_map": device_map, "variant": variant}
     with reading(path):
         return DiffusionPipeline.from_pretrained(
@@ -200,25 +189,11 @@ def _download(repo: str, options: dict[str, Any]) -> Path | None:
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     with reading(repo):
         index = DiffusionPipeline.load_config(repo, **hub)
-        if not any(_is_slim(index, name) for name in NAMES):
+        if not any(is_slim(index, name) for name in (*NAMES, *ENCODERS)):
             return None
         for name in hub:
             del options[name]
         return Path(snapshot_download(repo, ignore_patterns=_PICKLES, **hub))
-
-
-def _is_slim(index: Mapping[str, Any], name: str) -> bool:
-    value = index.get(name)
-    return isinstance(value, (list, tuple)) and value[0] == "slim_denoiser"
-
-
-def _slim_component(folder: Path) -> str | None:
-    index = read_json(folder / INDEX_FILE)
-    for name in NAMES:
-        config = folder / name / CONFIG_FILE
-        if _is_slim(index, name) or (config.is_file() and "slimdiff" in read_json(config)):
-            return name
-    return None
 
 
 def _load_component(
@@ -226,12 +201,13 @@ def _load_component(
 ) -> Any:
     if device_map == "balanced":
         raise SlimdiffError(
-            f"{folder}: device_map 'balanced' is not possible with a slim denoiser; name one "
+            f"{folder}: device_map 'balanced' is not possible with slim components; name one "
             f"device, or load without device_map and call pipe.enable_model_cpu_offload()"
         )
     if isinstance(torch_dtype, Mapping):
         torch_dtype = torch_dtype.get(folder.name, torch_dtype.get("default", torch.float32))
-    if not any(folder.glob(f"{WEIGHTS}.{variant}*")):
+    stem = ENCODER_WEIGHTS if folder.name in ENCODERS else WEIGHTS
+    if not any(folder.glob(f"{stem}.{variant}*")):
         variant = None  # like diffusers: a component without the variant is loaded as it is
     return load(
         folder, torch_dtype=torch_dtype, device_map=device_map, variant=variant, verify=verify

@@ -25,8 +25,8 @@ def replacing(out: str | Path, marker: str) -> Iterator[Path]:
     renames, none; the old and the new folder are then both whole beside it.
 
     Raises:
-        SlimdiffError: `out` is neither new, nor empty, nor a diffusers folder, which holds a JSON
-            file `marker`.
+        SlimdiffError: `out` is neither new, nor empty, nor a folder of diffusers or transformers,
+            which holds a JSON file `marker`.
     """
     target = Path(out).expanduser().resolve()
     _refuse_foreign(target, marker)
@@ -68,7 +68,8 @@ def _refuse_foreign(target: Path, marker: str) -> None:
             f"the files"
         )
     try:
-        ours = "_diffusers_version" in json.loads((target / marker).read_text(encoding="utf-8"))
+        written = json.loads((target / marker).read_text(encoding="utf-8"))
+        ours = "_diffusers_version" in written or "transformers_version" in written
     except (OSError, ValueError):
         ours = False
     if not ours:

@@ -13,6 +13,7 @@ from slimdiff.folders import read_json, reading
 from slimdiff.plan import Plan, SlimRecord
 
 WEIGHTS = "diffusion_pytorch_model"
+ENCODER_WEIGHTS = "model"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
 
@@ -104,6 +105,40 @@ def config_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether it is the config of a model of transformers: a text encoder."""
+    return "_class_name" not in config and bool(config.get("architectures"))
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class that a config of diffusers or of transformers names."""
+    return str(config["architectures"][0] if is_encoder(config) else config.get("_class_name"))
+
+
+def encoder_class_of(config: Mapping[str, Any], folder: Path) -> Any:
+    """The class of a text encoder: slimdiff's own slim class, or one of transformers.
+
+    Raises:
+        SlimdiffError: neither; or a slim config of another version.
+    """
+    import transformers
+
+    from slimdiff import slim_text_encoder
+
+    name, slim = class_name(config), "slimdiff" in config
+    found = getattr(slim_text_encoder if slim else transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise SlimdiffError(
+            f"{folder / CONFIG_FILE}: architectures is {name!r}, which is no "
+            f"{'slim ' if slim else ''}model class of transformers {transformers.__version__}; "
+            f"upgrade transformers, or save the model again"
+        )
+    if slim:
+        with reading(folder):
+            slim_text_encoder.check_slim(config["slimdiff"], CONFIG_FILE)
+    return found
+
+
 def class_of(config: Mapping[str, Any], folder: Path) -> Any:
     """The class that the config names: slimdiff's own slim class, or one of diffusers.
 
@@ -114,7 +149,7 @@ def class_of(config: Mapping[str, Any], folder: Path) -> Any:
 
     from slimdiff import slim_denoiser
 
-    name, slim = str(config.get("_class_name")), "slimdiff" in config
+    name, slim = class_name(config), "slimdiff" in config
     found = getattr(slim_denoiser if slim else diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
         raise SlimdiffError(
@@ -128,16 +163,16 @@ def class_of(config: Mapping[str, Any], folder: Path) -> Any:
     return found
 
 
-def refuse_missing_weights(folder: Path, variant: str | None) -> None:
-    """Refuse a folder without safetensors of this variant.
+def refuse_missing_weights(folder: Path, variant: str | None, weights: str = WEIGHTS) -> None:
+    """Refuse a folder without safetensors of this variant; `weights` begins their names.
 
     Raises:
         SlimdiffError: names the file, and what is there instead.
     """
-    stem = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    index = f"{WEIGHTS}.safetensors.index{'' if variant is None else f'.{variant}'}.json"
+    stem = weights if variant is None else f"{weights}.{variant}"
+    index = f"{weights}.safetensors.index{'' if variant is None else f'.{variant}'}.json"
     if not (folder / f"{stem}.safetensors").is_file() and not (folder / index).is_file():
-        found = sorted(p.name for p in folder.glob(f"{WEIGHTS}*"))
+        found = sorted(p.name for p in folder.glob(f"{weights}*"))
         raise SlimdiffError(
             f"{folder / stem}.safetensors: no such file (found: {', '.join(found) or 'none'}); "
             f"copy it, or give the variant that is there"
@@ -168,7 +203,7 @@ def record_of(folder: Path, config: Mapping[str, Any]) -> SlimRecord | None:
 def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
     """Refuse a plan whose widths are not those of the config."""
     slim = config["slimdiff"]
-    wrong = None if config["_class_name"] == f"Slim{plan.denoiser}" else plan.denoiser
+    wrong = None if class_name(config) == f"Slim{plan.denoiser}" else plan.denoiser
     for name, entry in plan.entries.items():
         if entry.kind == "feed_forward":
             layers = slim["linears"] | slim.get("convolutions", {})

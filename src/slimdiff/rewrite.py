@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
-from slimdiff.families import groups_of
+from slimdiff.families import family_of, groups_of
 from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
@@ -48,17 +49,22 @@ def rewrite(
     Raises:
         SlimdiffError: slim already; the plan or the statistics belong to another model.
     """
-    from slimdiff.slim_denoiser import become_slim_
-
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
     for group in plan.changed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
-    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    _become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
+
+
+def _become_slim_(denoiser: nn.Module, config: Mapping[str, Any]) -> None:
+    from slimdiff import slim_denoiser, slim_text_encoder
+
+    slim = slim_text_encoder if family_of(denoiser).text else slim_denoiser
+    slim.become_slim_(denoiser, dict(config))
 
 
 def slim_groups_(

@@ -1,0 +1,99 @@
+"""The components of a pipeline's folder: which are slim, and reading one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimdiff.denoiser import ENCODERS, NAMES
+from slimdiff.folders import read_json, reading
+from slimdiff.integrity import (
+    CONFIG_FILE,
+    ENCODER_WEIGHTS,
+    INDEX_FILE,
+    class_of,
+    encoder_class_of,
+    refuse_missing_weights,
+    verify_manifest,
+)
+
+MODULES = ("slim_denoiser", "slim_text_encoder")
+"""What model_index.json says that slim classes come from."""
+
+
+def is_slim(index: Mapping[str, Any], name: str) -> bool:
+    """Whether model_index.json says that a component is slim."""
+    value = index.get(name)
+    return isinstance(value, (list, tuple)) and value[0] in MODULES
+
+
+def slim_names(folder: Path) -> list[str]:
+    """The slim ones among the denoiser and the text encoders in a pipeline's folder."""
+    index = read_json(folder / INDEX_FILE)
+    return [
+        name
+        for name in (*NAMES, *ENCODERS)
+        if is_slim(index, name)
+        or ((config := folder / name / CONFIG_FILE).is_file() and "slimdiff" in read_json(config))
+    ]
+
+
+def read_denoiser(
+    folder: Path,
+    config: Mapping[str, Any],
+    torch_dtype: torch.dtype | None,
+    device_map: Any,
+    variant: str | None,
+    verify: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """A model of diffusers, and which of its weights were missing or superfluous.
+
+    Raises:
+        SlimdiffError: the folder is damaged, or its class unknown.
+    """
+    model_class = class_of(config, folder)
+    if verify:
+        verify_manifest(folder)
+    refuse_missing_weights(folder, variant)
+    with reading(folder):
+        model, info = model_class.from_pretrained(
+            str(folder),
+            device_map=device_map,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            torch_dtype=torch_dtype,
+        )
+    return model, info
+
+
+def read_encoder(
+    folder: Path,
+    config: Mapping[str, Any],
+    torch_dtype: torch.dtype | None,
+    device_map: Any,
+    variant: str | None,
+    verify: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """As `read_denoiser`, for a text encoder; float32 if no dtype is given, as there.
+
+    Raises:
+        SlimdiffError: the folder is damaged, or its class unknown.
+    """
+    model_class = encoder_class_of(config, folder)
+    if verify:
+        verify_manifest(folder)
+    refuse_missing_weights(folder, variant, ENCODER_WEIGHTS)
+    with reading(folder):
+        model, info = model_class.from_pretrained(
+            str(folder),
+            device_map=device_map,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch_dtype or torch.float32,
+        )
+    return model, info

@@ -1,0 +1,292 @@
+"""Text encoders with narrow layers. Saved beside the weights, this file lets transformers load them:
+
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+and diffusers a pipeline that has one:
+
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+It needs torch and transformers alone. For a model class X of transformers with attention layers of
+`ATTENTIONS`, `SlimX` is X with the widths that config.json holds under "slimdiff":
+
+    {"version": 1,
+     "linears": {"<path of a linear>": [in_features, out_features]},
+     "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
+
+qk and vo are channels per head of queries and keys, and of values; both are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+VERSION = 1
+MODULE = "slim_text_encoder"
+PLAN_FILE = "slimdiff.json"
+MAPS_FILE = "slimdiff_maps.safetensors"
+MANIFEST_FILE = "slimdiff_manifest.json"
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "CLIPAttention": {
+        "num_heads": lambda heads, width: heads,
+        "head_dim": lambda heads, width: width,
+        "scale": lambda heads, width: width**-0.5,
+    },
+    "T5Attention": {
+        "n_heads": lambda heads, width: heads,
+        "key_value_proj_dim": lambda heads, width: width,
+        "inner_dim": lambda heads, width: heads * width,
+    },
+}
+"""Class of an attention layer -> attribute -> what it is for so many heads of this width."""
+
+_SOURCE = Path(__file__).read_bytes()
+
+
+class SlimConfigError(ValueError):
+    """The slim config cannot be used: the message says why, and what to do."""
+
+
+def check_slim(slim: Any, where: str) -> None:
+    """Refuse what is not a slim config of this version; `where` stands for it in the message.
+
+    Raises:
+        SlimConfigError: it is not.
+    """
+    if not isinstance(slim, dict) or not {"version", "linears", "attentions"} <= set(slim):
+        raise SlimConfigError(
+            f"{where}: config.json has no slimdiff entry with version, linears and attentions; "
+            f"save the model with slimdiff again"
+        )
+    if slim["version"] != VERSION:
+        raise SlimConfigError(
+            f"{where}: slim config version {slim['version']!r}, this code reads version {VERSION}; "
+            f"upgrade slimdiff"
+        )
+
+
+def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
+    """Give the layers that `slim` names their widths, in place, and return the model.
+
+    Linears that have their shape already keep their weights; the others get new random ones of the
+    same dtype and device.
+
+    Raises:
+        SlimConfigError: a layer is missing or of an unknown class, or widths contradict each other.
+    """
+    check_slim(slim, type(model).__name__)
+    for path, (inputs, outputs) in slim["linears"].items():
+        _resize(_layer(model, path, nn.Linear), inputs, outputs)
+    for path, sizes in slim["attentions"].items():
+        _set_widths(path, _layer(model, path, nn.Module), **sizes)
+    return model
+
+
+def become_slim_(model: Any, slim: dict[str, Any]) -> nn.Module:
+    """Turn a live model, whose linears are narrow already, into its slim class, in place.
+
+    No weight is touched. Afterwards `model.config.slimdiff` is `slim`, and `save_pretrained` writes
+    a folder that plain transformers loads. A pipeline that holds the model has noted its former
+    class: assign the model again (`pipe.text_encoder = pipe.text_encoder`) before it is saved.
+
+    Raises:
+        SlimConfigError: the model is slim already; or as for `reshape_`; or a weight does not have
+            the shape that `slim` says.
+    """
+    if getattr(model.config, "slimdiff", None):
+        raise SlimConfigError(
+            f"{type(model).__name__}: is slim already; start from the dense model"
+        )
+    slim = json.loads(json.dumps(slim))
+    found = slim_class(type(model))
+    config = type(model.config).from_dict({**model.config.to_dict(), "slimdiff": slim})
+    with torch.device("meta"):  # as it will be loaded; transformers learns of the class, too
+        twin = found(config)
+    live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in twin.state_dict().items():
+        if live.get(name) != tuple(tensor.shape):
+            raise SlimConfigError(
+                f"{name}: is {live.get(name)}, expected {tuple(tensor.shape)}; put the narrow "
+                f"weights in first"
+            )
+    reshape_(model, slim)
+    model.__class__ = found
+    model.config.slimdiff = slim
+    return model
+
+
+def _layer(model: nn.Module, path: str, kind: type) -> Any:
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, kind):
+        raise SlimConfigError(
+            f"{path}: {type(model).__name__} has no such {kind.__name__}; the slim config belongs "
+            f"to another model, or was saved with another transformers than "
+            f"{transformers.__version__}"
+        )
+    return layer
+
+
+def _resize(linear: nn.Linear, inputs: int, outputs: int) -> None:
+    if linear.weight.shape == (outputs, inputs):
+        return
+    linear.in_features, linear.out_features = inputs, outputs
+    linear.weight = _empty_like(linear.weight, (outputs, inputs))
+    if linear.bias is not None:
+        linear.bias = _empty_like(linear.bias, (outputs,))
+    linear.reset_parameters()
+
+
+def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+
+
+def _set_widths(path: str, attention: nn.Module, heads: int, qk: int, vo: int) -> None:
+    derived = ATTENTIONS.get(type(attention).__name__)
+    if derived is None:
+        raise SlimConfigError(
+            f"{path}: is a {type(attention).__name__}, expected one of {', '.join(ATTENTIONS)}"
+        )
+    if qk != vo:
+        raise SlimConfigError(
+            f"{path}: queries and keys have width {qk}, values {vo}; expected the same, since a "
+            f"text encoder's attention takes one width"
+        )
+    for name, linear in attention.named_children():
+        if isinstance(linear, nn.Linear):
+            inner = linear.in_features if name in ("out_proj", "o") else linear.out_features
+            if inner != heads * qk:
+                raise SlimConfigError(
+                    f"{path}.{name}: has {inner} inner channels, expected {heads} heads of {qk}; "
+                    f"the slim config contradicts itself or belongs to another model"
+                )
+    for name, value in derived.items():
+        if not hasattr(attention, name):
+            raise SlimConfigError(
+                f"{path}: has no {name}; transformers {transformers.__version__} is not supported"
+            )
+        setattr(attention, name, value(heads, qk))
+
+
+class SlimTextMixin:
+    """What slim classes add to transformers: narrow layers, and files beside the weights."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # a mixin
+        slim = getattr(config, "slimdiff", None)
+        check_slim(slim, str(getattr(config, "_name_or_path", "") or type(self).__name__))
+        reshape_(self, slim)  # type: ignore[arg-type]  # a mixin
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers; adds this file, the plan, the maps and the manifest."""
+        folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
+        source = Path(str(getattr(self.config, "_name_or_path", "") or "missing"))
+        self.config.auto_map = {"AutoModel": f"{MODULE}.{type(self).__name__}"}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]  # a mixin
+        if not is_main_process:
+            return
+        (folder / f"{MODULE}.py").write_bytes(_SOURCE)
+        _save_record(self, source, folder)
+        write_manifest(folder)
+        if push:
+            self.push_to_hub(kwargs.get("repo_id", folder.name), token=kwargs.get("token"))
+
+
+def _save_record(model: Any, source: Path, folder: Path) -> None:
+    """Write the plan and the maps; a model that carries none keeps those it was loaded with."""
+    record = getattr(model, "slim_record", None)
+    if record is not None:
+        from safetensors.torch import save_file
+
+        (folder / PLAN_FILE).write_text(record.plan.to_json(), encoding="utf-8")
+        maps = {name: _compact(value) for name, value in record.maps.items()}
+        save_file(maps, str(folder / MAPS_FILE), metadata={"format": "pt"})
+        return
+    for name in (PLAN_FILE, MAPS_FILE):
+        if not (source / name).is_file() or not _same_slim(source, model):
+            (folder / name).unlink(missing_ok=True)
+        elif source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _same_slim(source: Path, model: Any) -> bool:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("slimdiff") == model.config.slimdiff)
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Float16 where that is accurate to 1e-3, else float32; integers stay as they are."""
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value.contiguous().clone()
+    half, wide = value.half(), value.double()
+    accurate = bool((half.double() - wide).norm() <= 1e-3 * wide.norm())
+    return (half if accurate else value.float()).contiguous().clone()
+
+
+def write_manifest(folder: Path) -> None:
+    """List sizes and SHA-256 sums of the weights, the maps, the plan, the config and this file."""
+    fixed = {PLAN_FILE, "config.json", f"{MODULE}.py"}
+    names = sorted({p.name for p in folder.glob("*.safetensors")} | fixed)
+    files = {name: _fingerprint(folder / name) for name in names if (folder / name).is_file()}
+    text = json.dumps({"version": VERSION, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def slim_class(base: type) -> Any:
+    """The slim subclass of a transformers model class, always the same one; a slim class is its own.
+
+    Raises:
+        TypeError: not a model class that transformers exports.
+    """
+    if issubclass(base, SlimTextMixin) or base.__module__ == MODULE:
+        return base
+    if not issubclass(base, PreTrainedModel) or getattr(transformers, base.__name__, None) != base:
+        raise TypeError(f"{base.__name__} is not a model class of transformers")
+    if base not in _CLASSES:
+        # diffusers records this module name in model_index.json, and looks for its file by it.
+        members = {
+            "__module__": MODULE,
+            "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
+        }
+        _CLASSES[base] = type(f"Slim{base.__name__}", (SlimTextMixin, base), members)
+    return _CLASSES[base]
+
+
+def __getattr__(name: str) -> Any:
+    """`SlimX` for any model class X that transformers exports."""
+    base = getattr(transformers, name[4:], None) if name.startswith("Slim") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return slim_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Slim classes say that they come from `slim_text_encoder`: let that name be found.
+sys.modules.setdefault(MODULE, sys.modules[__name__])
