@@ -169,6 +169,7 @@ def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
     if RECIPES[recipe].heads:  # no head goes where queries and keys stay
         queries = {g.layer for g in groups if g.kind == "query_key"}
         groups = [g for g in groups if g.kind != "value_output" or g.layer in queries]
+        groups = [g for g in groups if not g.fixed_heads]
     shrinkable = sum(dense.groups[g.name].of("params", g.inner) for g in groups)
     budget = slimdiff.Budget(remove=shrinkable // 2)
     plan = slimdiff.allocate(slim, case.statistics, budget, recipe=recipe)

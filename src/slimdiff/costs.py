@@ -77,7 +77,7 @@ def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, A
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.no_grad():
-            functional_call(denoiser, _meta_state(denoiser), (), _meta_inputs(inputs))
+            functional_call(denoiser, _meta_state(denoiser), (), _meta_inputs(denoiser, inputs))
     except (RuntimeError, ValueError, TypeError) as error:
         raise SlimdiffError(
             f"{type(denoiser).__name__}: cannot run on inputs of these shapes ({error})"
@@ -122,7 +122,9 @@ def _meta_state(denoiser: nn.Module) -> dict[str, Tensor]:
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
 
 
-def _meta_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _meta_inputs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    if family_of(denoiser).text:  # transformers looks at the values of a mask, which saves no MACs
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     tensors, constants = flatten(inputs)
     return nest({path: tensor.to("meta") for path, tensor in tensors.items()} | constants)
 
