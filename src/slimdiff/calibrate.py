@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import denoiser_of
+from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.probes import Probes
@@ -41,6 +41,7 @@ def calibrate(
     config: CalibrationConfig | None = None,
     *,
     groups: Sequence[Group] | None = None,
+    component: str | None = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -51,18 +52,25 @@ def calibrate(
         prompts: calibration prompts; images are not decoded.
         config: how to sample.
         groups: what to record for; all groups by default.
+        component: a text encoder, to record that instead: it reads the prompts, nothing is drawn.
         checkpoint: folder that is saved after every batch and resumed from if it holds an
             unfinished run of the same prompts and configuration.
         progress: called with ("calibrate", prompts done, prompts in all).
 
     Raises:
         SlimdiffError: no prompts; unknown denoiser; a checkpoint of another run; NaN or infinity
-            in an activation (names the module).
+            in an activation (names the module); timestep weights for a text encoder.
     """
     config = config or CalibrationConfig()
     if not prompts or isinstance(prompts, str):
         raise SlimdiffError("no calibration prompts; give a list of at least one")
-    _, denoiser = denoiser_of(pipe)
+    name, denoiser = component_of(pipe, component)
+    run = _encode if name in ENCODERS else _sample
+    if run is _encode and config.timestep_weights != "uniform":
+        raise SlimdiffError(
+            f"timestep_weights is {config.timestep_weights!r}, but {name} sees no timesteps; leave "
+            f"it uniform"
+        )
     statistics = _start(denoiser, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
@@ -70,7 +78,7 @@ def calibrate(
         for start in range(statistics.batches * config.batch_size, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             with _step_weights(recorder, denoiser, config):
-                _sample(pipe, batch, start, config)
+                run(pipe, batch, start, config)
             recorder.flush()
             statistics.batches += 1
             if checkpoint is not None:
@@ -158,6 +166,12 @@ def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationCo
         generator=generators,
         **{name: value for name, value in optional.items() if value is not None and name in known},
     )
+
+
+def _encode(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationConfig) -> None:
+    from slimdiff.evaluate.sampling import encode
+
+    encode(pipe, prompts, **config.sampling)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The components of a pipeline's folder: which are slim, and reading one of them."""
+"""The components of a pipeline that can be slim: their classes, and reading them from a folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from slimdiff.denoiser import ENCODERS, NAMES
+from slimdiff.families import family_of
 from slimdiff.folders import read_json, reading
 from slimdiff.integrity import (
     CONFIG_FILE,
@@ -22,6 +24,14 @@ from slimdiff.integrity import (
 
 MODULES = ("slim_denoiser", "slim_text_encoder")
 """What model_index.json says that slim classes come from."""
+
+
+def become_slim_(model: nn.Module, config: dict[str, Any]) -> None:
+    """Give a live model, whose weights are narrow already, its slim class, in place."""
+    from slimdiff import slim_denoiser, slim_text_encoder
+
+    slim = slim_text_encoder if family_of(model).text else slim_denoiser
+    slim.become_slim_(model, config)
 
 
 def is_slim(index: Mapping[str, Any], name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from slimdiff import accounting, costs
 from slimdiff.config import CalibrationConfig
 from slimdiff.curves import ErrorCurve
-from slimdiff.denoiser import denoiser_of
+from slimdiff.denoiser import component_of
 from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
@@ -34,6 +34,7 @@ class Journal:
         results: file to write to; None writes nothing.
         pictures: image pairs to draw.
         settings: of the compression, as `slimdiff.compress` takes them.
+        component: what shrinks, if not the denoiser.
         seconds: stage -> seconds.
         images: "dense" and "slim" -> PIL images of the first prompts.
         sections: of the results, as far as they are known.
@@ -46,6 +47,7 @@ class Journal:
     results: str | Path | None
     pictures: int
     settings: Mapping[str, Any]
+    component: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     images: dict[str, list[Any]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
@@ -86,7 +88,7 @@ class Journal:
         """Note where parameters and MACs are, while the denoiser is still dense."""
         if self.results is None:
             return
-        denoiser = denoiser_of(self.pipe)[1]
+        denoiser = component_of(self.pipe, self.component)[1]
         groups = groups_of(denoiser)
         found = costs.measure(denoiser, groups, statistics.probes.batches(1)[0])
         self.sections |= accounting.account(groups, found, plan.entries, curves)
@@ -117,7 +119,8 @@ class Journal:
         """What to type in Python for the same again."""
         by_hand = self.settings["budget"] is None
         given = ["pipe", "prompts", *(["plan=plan"] if by_hand else [])]
-        chosen = {} if by_hand else self.settings
+        chosen: dict[str, Any] = {} if by_hand else dict(self.settings)
         kept = {"results": Path(self.results).name if self.results else None}
+        chosen = chosen | ({"component": self.component} if self.component else {})
         settings = {**chosen, "config": self.config, **kept, "pictures": self.pictures}
         return called("slimdiff", "compress", given, **settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.denoiser import denoiser_of
+from slimdiff.denoiser import ENCODERS, slim_components
 from slimdiff.plan import Plan
 
 CARD_FILE = "README.md"
@@ -21,13 +21,11 @@ _CARRIED = ("license", "license_name", "license_link")
 
 
 def write_model_card(pipe: Any, folder: Path, title: str) -> None:
-    """Write README.md into `folder` if the denoiser of `pipe` is slim.
+    """Write README.md into `folder` if the denoiser or a text encoder of `pipe` is slim.
 
     Licence, base model and licence files are taken over from the folder that `pipe` came from.
     """
-    _, denoiser = denoiser_of(pipe)
-    config: Mapping[str, Any] = getattr(denoiser, "config", {})
-    if not config.get("slimdiff"):
+    if not slim_components(pipe):
         return
     source = Path(str(getattr(pipe, "name_or_path", None) or ""))
     for path in sorted(source.glob("LICENSE*")) if source.name else []:
@@ -37,22 +35,27 @@ def write_model_card(pipe: Any, folder: Path, title: str) -> None:
 
 
 def model_card(pipe: Any, title: str) -> str:
-    """The card of a pipeline with a slim denoiser, as Markdown with a YAML header."""
-    name, denoiser = denoiser_of(pipe)
-    record = getattr(denoiser, "slim_record", None)
-    plan: Plan | None = None if record is None else record.plan
+    """The card of a pipeline with slim components, as Markdown with a YAML header."""
     header, base = _origin(pipe)
-    parts = [
-        _yaml(header),
-        f"# {title}",
-        _introduction(name, denoiser, base),
-        _figures(denoiser, plan),
-        _loading(title, name),
-        "" if plan is None else _groups(plan),
-        "" if record is None else _maps(name),
-        _versions(),
-    ]
+    slim = slim_components(pipe)
+    parts = [_yaml(header), f"# {title}", _introduction(slim, base)]
+    parts += [_figures(name, module, _plan_of(module)) for name, module in slim.items()]
+    parts += [_loading(title, list(slim))]
+    for name, module in slim.items():
+        if plan := _plan_of(module):
+            parts += [_groups(name, plan), _maps(name)]
+    parts += [_versions()]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _plan_of(module: nn.Module) -> Plan | None:
+    record = getattr(module, "slim_record", None)
+    return None if record is None else record.plan
+
+
+def _called(name: str) -> str:
+    """What tables call a component."""
+    return name if name in ENCODERS else "denoiser"
 
 
 def _origin(pipe: Any) -> tuple[dict[str, str], str]:
@@ -78,26 +81,28 @@ def _yaml(header: Mapping[str, str]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _introduction(name: str, denoiser: nn.Module, base: str) -> str:
-    dense = type(denoiser).__name__.removeprefix("Slim")
+def _introduction(slim: Mapping[str, nn.Module], base: str) -> str:
     of = f" of `{base}`" if base else ""
+    classes = {name: type(module).__name__.removeprefix("Slim") for name, module in slim.items()}
+    named = " and the ".join(f"{name}{of} (`{dense}`)" for name, dense in classes.items())
     return (
-        f"The {name}{of} (`{dense}`) with narrower layers, made by "
+        f"The {named} with narrower layers, made by "
         f"slimdiff in closed form from calibration prompts, without training. All other "
         f"components are as they were."
     )
 
 
-def _figures(denoiser: nn.Module, plan: Plan | None) -> str:
-    params = sum(parameter.numel() for parameter in denoiser.parameters())
-    rows = [("Parameters of the denoiser", f"{params:,}")]
+def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
+    params = sum(parameter.numel() for parameter in module.parameters())
+    rows = [(f"Parameters of the {_called(name)}", f"{params:,}")]
     if plan is not None:
         figures = plan.figures
-        rows = _before_and_after(params, figures)
+        rows = _before_and_after(_called(name), params, figures)
         rows += [("Recipe", plan.recipe), ("Allocation", plan.allocation)]
         rows += [("Budget", plan.budget)] if plan.budget else []
+        error = "Error of its output" if name in ENCODERS else "Velocity error"
         for key, text in (
-            ("predicted_error", "Velocity error, predicted"),
+            ("predicted_error", f"{error}, predicted"),
             ("error_on_probes", "The same, measured on the calibration's own inputs"),
         ):
             if key in figures:
@@ -105,20 +110,25 @@ def _figures(denoiser: nn.Module, plan: Plan | None) -> str:
     return _table(("", ""), rows)
 
 
-def _before_and_after(params: int, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _before_and_after(
+    called: str, params: int, figures: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     rows = []
     for key, text in (("params", "Parameters"), ("macs", "Multiply-accumulates per forward")):
         dense = figures.get(f"{key}_dense")
         slim = params if key == "params" else figures.get(key)
         if dense and slim:
             share = f"{int(dense):,} to {int(slim):,} ({slim / dense:.1%})"
-            rows.append((f"{text} of the denoiser", share))
+            rows.append((f"{text} of the {called}", share))
         elif slim:
-            rows.append((f"{text} of the denoiser", f"{int(slim):,}"))
+            rows.append((f"{text} of the {called}", f"{int(slim):,}"))
     return rows
 
 
-def _loading(title: str, name: str) -> str:
+def _loading(title: str, names: list[str]) -> str:
+    modules = [
+        f"`{name}/slim_{'text_encoder' if name in ENCODERS else 'denoiser'}.py`" for name in names
+    ]
     return f"""## Loading
 
 With slimdiff, which runs no code from this folder:
@@ -129,7 +139,7 @@ import slimdiff
 pipe = slimdiff.load_pipeline("{title}")
 ```
 
-With diffusers alone; `trust_remote_code` allows it to run `{name}/slim_denoiser.py`:
+With diffusers alone; `trust_remote_code` allows it to run {" and ".join(modules)}:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -138,7 +148,7 @@ pipe = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)
 ```"""
 
 
-def _groups(plan: Plan) -> str:
+def _groups(component: str, plan: Plan) -> str:
     rows = [
         (
             f"`{name}`",
@@ -148,17 +158,19 @@ def _groups(plan: Plan) -> str:
         )
         for name, entry in plan.entries.items()
     ]
+    of = f" of the {component}" if component in ENCODERS else ""
     table = _table(("Group", "Kind", "Heads", "Width"), rows)
     return (
-        f"<details>\n<summary>Widths of all {len(rows)} groups</summary>\n\n{table}\n\n"
+        f"<details>\n<summary>Widths of all {len(rows)} groups{of}</summary>\n\n{table}\n\n"
         f"Width is channels per head for attention, hidden units for feed-forward, inner "
         f"channels for a ResNet.\n\n</details>"
     )
 
 
 def _maps(name: str) -> str:
+    of = f" of the {name}" if name in ENCODERS else ""
     return (
-        f"## Plan and maps\n\n`{name}/slimdiff.json` is the plan; "
+        f"## Plan and maps{of}\n\n`{name}/slimdiff.json` is the plan; "
         f"`{name}/slimdiff_maps.safetensors` holds the small matrices that take the original "
         f"weights to these. A LoRA made for the original model does not fit the narrow layers as "
         f"it is: the maps are what carries it over."

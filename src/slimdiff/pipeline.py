@@ -16,7 +16,7 @@ from slimdiff.bundles import Allocation
 from slimdiff.calibrate import calibrate
 from slimdiff.config import CalibrationConfig, recipe_named
 from slimdiff.curves import ErrorCurve, probes_of
-from slimdiff.denoiser import denoiser_of
+from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
@@ -44,6 +44,7 @@ def compress(
     multiple: int = 8,
     temperature: float = 0.3,
     layers: Sequence[str] | None = None,
+    component: str | None = None,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
@@ -58,6 +59,8 @@ def compress(
         budget: what the whole denoiser may hold afterwards; not with `plan`.
         plan: widths to use instead of allocating them.
         recipe, allocation, tied, multiple, temperature, layers: see `allocate`.
+        component: a text encoder (`text_encoder`, `text_encoder_2`, `text_encoder_3`) to slim
+            instead of the denoiser; the budget is then of its parameters or MACs.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
         results: file to write what was done to, for `slimdiff report`; with it, images of the first
@@ -69,19 +72,22 @@ def compress(
         SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
             already slim denoiser, NaN or infinity in an activation.
     """
-    denoiser = denoiser_of(pipe)[1]
+    denoiser = component_of(pipe, component)[1]
     config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
-    _refuse_impossible(pipe, config, budget, plan, how | finer)
+    _refuse_impossible(pipe, component, config, budget, plan, how | finer)
     settings = {"budget": budget} | how | finer
-    journal = Journal(pipe, list(prompts), config, results, pictures if results else 0, settings)
+    drawn = pictures if results else 0
+    journal = Journal(pipe, list(prompts), config, results, drawn, settings, component)
     journal.draw("dense")
     progress = journal.noting(progress)
-    with journal.timed("calibrate"):
-        statistics = calibrate(pipe, prompts, config, checkpoint=checkpoint, progress=progress)
-    curves: dict[str, ErrorCurve] = {}
     kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
+    with journal.timed("calibrate"):
+        statistics = calibrate(
+            pipe, prompts, config, component=component, checkpoint=checkpoint, progress=progress
+        )
+    curves: dict[str, ErrorCurve] = {}
     if budget is not None:
         with journal.timed("allocate"):
             curves = measure_curves(denoiser, statistics, **how, **kept)
@@ -102,12 +108,14 @@ def _finish(
     progress: Progress | None,
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
-    name, denoiser = denoiser_of(journal.pipe)
+    name, denoiser = component_of(journal.pipe, journal.component)
     probed = probes_of(denoiser, statistics)
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
         rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
+    if name in ENCODERS:
+        plan.figures["component"] = name
     plan.figures["error_on_probes"] = probed.error({})
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
@@ -126,13 +134,14 @@ def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
 
 def _refuse_impossible(
     pipe: Any,
+    component: str | None,
     config: CalibrationConfig,
     budget: Budget | None,
     plan: Plan | None,
     how: dict[str, Any],
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
-    denoiser = denoiser_of(pipe)[1]
+    name, denoiser = component_of(pipe, component)
     refuse_slim(denoiser)
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
@@ -141,9 +150,14 @@ def _refuse_impossible(
     if plan is not None:
         plan.check(groups_of(denoiser))
     if budget is not None:
-        name = how["allocation"] or recipe.allocation
-        settings = Allocation(name, how["tied"], how["multiple"], how["temperature"])
-        call = one_row_of(first_call(pipe, **config.sampling))
+        if name in ENCODERS and budget.metric == "latency":
+            raise SlimdiffError(
+                f"{budget.describe()}: only denoisers are timed; give {name} a budget of "
+                f"parameters, memory, MACs or quality"
+            )
+        allocation = how["allocation"] or recipe.allocation
+        settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"])
+        call = one_row_of(first_call(pipe, component=component, **config.sampling))
         costs = costs_.measure(denoiser, groups, call)
         refuse_unfit(budget, recipe, settings)
         if budget.metric != "latency" and budget.largest_error is None:

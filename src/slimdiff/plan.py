@@ -148,8 +148,8 @@ def _check_entry(group: Group, entry: Entry) -> None:
         )
     if group.fixed_heads and entry.heads != group.heads:
         raise SlimdiffError(
-            f"{group.name}: heads is {entry.heads!r}, expected {group.heads}; no head of this layer "
-            f"can go, narrow all of them"
+            f"{group.name}: heads is {entry.heads!r}, expected {group.heads}; no head of this "
+            f"layer can go, narrow all of them"
         )
     for what, value, largest in (
         ("width", entry.width, group.width),

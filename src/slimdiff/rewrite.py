@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimdiff.components import become_slim_
 from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
-from slimdiff.families import family_of, groups_of
+from slimdiff.families import groups_of
 from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
@@ -55,16 +55,9 @@ def rewrite(
     for group in plan.changed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
-    _become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
-
-
-def _become_slim_(denoiser: nn.Module, config: Mapping[str, Any]) -> None:
-    from slimdiff import slim_denoiser, slim_text_encoder
-
-    slim = slim_text_encoder if family_of(denoiser).text else slim_denoiser
-    slim.become_slim_(denoiser, dict(config))
 
 
 def slim_groups_(
@@ -163,10 +156,7 @@ def _mapped(
 def _rescaled(
     denoiser: nn.Module, group: Group, entry: Entry, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention divides by the root of the present head width: fold the difference into q.
-
-    A layer that does not divide at all gives the same products at any width.
-    """
+    """Attention divides by the root of the present head width: fold the difference into q."""
     if group.unscaled:
         return weight, bias
     scale = getattr(denoiser.get_submodule(group.layer), "scale", group.width**-0.5)

@@ -1,10 +1,7 @@
-"""Text encoders with narrow layers. Saved beside the weights, this file lets transformers load them:
+"""Text encoders with narrow layers. Saved beside the weights, this file lets others load them:
 
-    AutoModel.from_pretrained(folder, trust_remote_code=True)
-
-and diffusers a pipeline that has one:
-
-    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    diffusers.DiffusionPipeline.from_pretrained(pipeline_folder, trust_remote_code=True)
 
 It needs torch and transformers alone. For a model class X of transformers with attention layers of
 `ATTENTIONS`, `SlimX` is X with the widths that config.json holds under "slimdiff":
@@ -39,17 +36,17 @@ MANIFEST_FILE = "slimdiff_manifest.json"
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "CLIPAttention": {
-        "num_heads": lambda heads, width: heads,
-        "head_dim": lambda heads, width: width,
-        "scale": lambda heads, width: width**-0.5,
+        "num_heads": lambda h, w: h,
+        "head_dim": lambda h, w: w,
+        "scale": lambda h, w: w**-0.5,
     },
     "T5Attention": {
-        "n_heads": lambda heads, width: heads,
-        "key_value_proj_dim": lambda heads, width: width,
-        "inner_dim": lambda heads, width: heads * width,
+        "n_heads": lambda h, w: h,
+        "key_value_proj_dim": lambda h, w: w,
+        "inner_dim": lambda h, w: h * w,
     },
 }
-"""Class of an attention layer -> attribute -> what it is for so many heads of this width."""
+"""Class of an attention layer -> attribute -> what it is for h heads of width w."""
 
 _SOURCE = Path(__file__).read_bytes()
 
@@ -101,13 +98,8 @@ def become_slim_(model: Any, slim: dict[str, Any]) -> nn.Module:
     class: assign the model again (`pipe.text_encoder = pipe.text_encoder`) before it is saved.
 
     Raises:
-        SlimConfigError: the model is slim already; or as for `reshape_`; or a weight does not have
-            the shape that `slim` says.
+        SlimConfigError: as for `reshape_`; or a weight does not have the shape that `slim` says.
     """
-    if getattr(model.config, "slimdiff", None):
-        raise SlimConfigError(
-            f"{type(model).__name__}: is slim already; start from the dense model"
-        )
     slim = json.loads(json.dumps(slim))
     found = slim_class(type(model))
     config = type(model.config).from_dict({**model.config.to_dict(), "slimdiff": slim})
@@ -166,13 +158,12 @@ def _set_widths(path: str, attention: nn.Module, heads: int, qk: int, vo: int) -
             f"text encoder's attention takes one width"
         )
     for name, linear in attention.named_children():
-        if isinstance(linear, nn.Linear):
-            inner = linear.in_features if name in ("out_proj", "o") else linear.out_features
-            if inner != heads * qk:
-                raise SlimConfigError(
-                    f"{path}.{name}: has {inner} inner channels, expected {heads} heads of {qk}; "
-                    f"the slim config contradicts itself or belongs to another model"
-                )
+        inner = getattr(linear, "in_features" if name in ("out_proj", "o") else "out_features", 0)
+        if isinstance(linear, nn.Linear) and inner != heads * qk:
+            raise SlimConfigError(
+                f"{path}.{name}: has {inner} inner channels, expected {heads} heads of {qk}; the "
+                f"slim config contradicts itself or belongs to another model"
+            )
     for name, value in derived.items():
         if not hasattr(attention, name):
             raise SlimConfigError(
@@ -215,29 +206,19 @@ def _save_record(model: Any, source: Path, folder: Path) -> None:
         from safetensors.torch import save_file
 
         (folder / PLAN_FILE).write_text(record.plan.to_json(), encoding="utf-8")
-        maps = {name: _compact(value) for name, value in record.maps.items()}
+        maps = {
+            name: (value.float() if value.is_floating_point() else value).cpu().contiguous().clone()
+            for name, value in record.maps.items()
+        }
         save_file(maps, str(folder / MAPS_FILE), metadata={"format": "pt"})
         return
+    config = source / "config.json"
+    known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     for name in (PLAN_FILE, MAPS_FILE):
-        if not (source / name).is_file() or not _same_slim(source, model):
+        if not (source / name).is_file() or known.get("slimdiff") != model.config.slimdiff:
             (folder / name).unlink(missing_ok=True)
         elif source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
-
-
-def _same_slim(source: Path, model: Any) -> bool:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("slimdiff") == model.config.slimdiff)
-
-
-def _compact(value: Tensor) -> Tensor:
-    """Float16 where that is accurate to 1e-3, else float32; integers stay as they are."""
-    value = value.detach().cpu()
-    if not value.is_floating_point():
-        return value.contiguous().clone()
-    half, wide = value.half(), value.double()
-    accurate = bool((half.double() - wide).norm() <= 1e-3 * wide.norm())
-    return (half if accurate else value.float()).contiguous().clone()
 
 
 def write_manifest(folder: Path) -> None:
@@ -261,13 +242,11 @@ _CLASSES: dict[type, type] = {}
 
 
 def slim_class(base: type) -> Any:
-    """The slim subclass of a transformers model class, always the same one; a slim class is its own.
+    """The slim subclass of a transformers model class, always the same one.
 
     Raises:
         TypeError: not a model class that transformers exports.
     """
-    if issubclass(base, SlimTextMixin) or base.__module__ == MODULE:
-        return base
     if not issubclass(base, PreTrainedModel) or getattr(transformers, base.__name__, None) != base:
         raise TypeError(f"{base.__name__} is not a model class of transformers")
     if base not in _CLASSES:

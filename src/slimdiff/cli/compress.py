@@ -11,7 +11,7 @@ import typer
 from slimdiff.budget import Budget
 from slimdiff.cli import console, models, options, outcome
 from slimdiff.config import CalibrationConfig, recipe_named
-from slimdiff.denoiser import NAMES
+from slimdiff.denoiser import ENCODERS, NAMES
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
@@ -104,6 +104,10 @@ The prompts run through the pipeline as you would sample it, while second moment
 recorded. Every attention, feed-forward and ResNet layer gets a width under the budget, and its
 smaller weights follow in closed form.
 
+With `--component text_encoder` a CLIP or T5 text encoder is slimmed instead. It only reads the
+prompts; the budget is its own. Denoiser and encoders of a pipeline can be slimmed one after the
+other.
+
 A run that was interrupted goes on from its last finished batch when the same command is given
 again. Another budget or recipe reuses the recorded statistics, if prompts and sampling (batch size
 and seed too) are the same.
@@ -118,6 +122,7 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
+- `slimdiff compress ./model --prompts captions.txt --component text_encoder --params 0.7 -o out`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
 """
 
@@ -125,6 +130,7 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 def compress(
     model: options.Model = None,
     out: Out = None,
+    component: options.Component = None,
     prompts: options.Prompts = None,
     params: options.Params = None,
     macs: options.Macs = None,
@@ -160,9 +166,10 @@ def compress(
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
     out = out or Path(f"{where.name}-slim")
-    _refuse_unusable(where, out)
+    _refuse_unusable(where, out, component)
     budgets = (params, macs, remove, memory, speedup, latency, quality)
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature)
+    job["component"] = component
     config = CalibrationConfig(
         num_inference_steps=steps,
         **models.sampling(where, guidance, text_tokens),
@@ -224,15 +231,20 @@ def _how(
     }
 
 
-def _refuse_unusable(where: models.Source, out: Path) -> None:
+def _refuse_unusable(where: models.Source, out: Path, component: str | None) -> None:
+    if component not in (None, *NAMES, *ENCODERS):
+        raise SlimdiffError(
+            f"--component is {component!r}, expected one of {', '.join((*NAMES, *ENCODERS))}"
+        )
     if out.resolve() == Path(where.path).resolve():
         raise SlimdiffError(f"--out {out}: is the model itself; name another folder")
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
-    for name in NAMES:
+    for name in NAMES if component is None else [component]:
         if (Path(where.path) / name / PLAN_FILE).is_file():
             raise SlimdiffError(
-                f"{where.path}: is slim already; start from the dense model, with a smaller budget"
+                f"{where.path}: {name} is slim already; start from the dense model, with a smaller "
+                f"budget"
             )
 
 

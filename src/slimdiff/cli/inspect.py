@@ -9,7 +9,7 @@ from typing import Any
 from slimdiff.cli import console, models, options
 from slimdiff.report.names import kind_name
 
-HELP = """Show the groups of a pipeline's denoiser: what can shrink, and what it costs.
+HELP = """Show what can shrink in a pipeline's denoiser or text encoder, and what it costs.
 
 A group is a set of layers that shrink together: the query and key, or the value and output
 projections of an attention layer, the two linears of a feed-forward layer, the inner channels of a
@@ -22,6 +22,7 @@ calibrated with. A slim pipeline shows its present widths.
 - `slimdiff inspect`
 - `slimdiff inspect ./stable-diffusion-v1-5`
 - `slimdiff inspect scenes-unet-slim --json`
+- `slimdiff inspect --component text_encoder`
 """
 
 
@@ -40,21 +41,22 @@ class Row:
 
 def inspect(
     model: options.Model = None,
+    component: options.Component = None,
     as_json: options.AsJson = False,
     variant: options.Variant = None,
 ) -> None:
     """What the denoiser is made of; `HELP` is what the command line shows."""
     pipe = models.load(models.source(model), "auto", "cpu", variant)
-    from slimdiff.denoiser import denoiser_of
+    from slimdiff.denoiser import component_of
 
-    name, denoiser = denoiser_of(pipe)
-    rows, totals = measure(denoiser, _inputs(pipe))
+    name, denoiser = component_of(pipe, component)
+    rows, totals = measure(denoiser, _inputs(pipe, component))
     if as_json:
         groups = [vars(row) for row in rows]
         report = {"denoiser": type(denoiser).__name__, **totals, "groups": groups}
         console.out().print_json(json.dumps(report | {"kept": _kept(denoiser)}))
     else:
-        _show(f"{type(denoiser).__name__} ({name})", rows, totals)
+        _show(f"{type(denoiser).__name__} ({name})", rows, totals, component or "denoiser")
         for what, why in _kept(denoiser).items():
             console.out().print(f"Does not shrink: {what}; {why}.")
 
@@ -66,12 +68,12 @@ def _kept(denoiser: Any) -> dict[str, str]:
     return dict(family_of(denoiser).kept)
 
 
-def _inputs(pipe: Any) -> dict[str, Any] | None:
-    """What the pipeline passes to its denoiser; None if it takes more than a prompt."""
+def _inputs(pipe: Any, component: str | None) -> dict[str, Any] | None:
+    """What the pipeline passes to the component; None if it takes more than a prompt."""
     from slimdiff.evaluate.sampling import first_call, one_row_of
 
     try:
-        return one_row_of(first_call(pipe))
+        return one_row_of(first_call(pipe, component=component))
     except (TypeError, ValueError, RuntimeError):
         return None
 
@@ -98,7 +100,7 @@ def measure(
     return rows, {"params": found.params, "macs": found.macs}
 
 
-def _show(title: str, rows: list[Row], totals: dict[str, int]) -> None:
+def _show(title: str, rows: list[Row], totals: dict[str, int], whole: str) -> None:
     right = dict.fromkeys(("heads", "width", "parameters", "MACs", "share"), "right")
     shown = console.table(title, {"group": "left", "kind": "left", **right})
     for row in rows:
@@ -118,7 +120,7 @@ def _show(title: str, rows: list[Row], totals: dict[str, int]) -> None:
             sum(row.params for row in rows),
             sum(row.macs for row in rows),
         ),
-        ("whole denoiser", totals["params"], totals["macs"]),
+        (f"whole {whole}", totals["params"], totals["macs"]),
     ):
         part = console.share(params, totals["params"])
         shown.add_row(name, "", "", "", console.count(params), console.count(macs), part)

@@ -118,11 +118,12 @@ def sampling(
 ) -> dict[str, Any]:
     """`guidance_scale` and `max_sequence_length` to sample with: as asked, as the reference is
     meant for, or as a slim pipeline was calibrated; None is the pipeline's own."""
-    from slimdiff.denoiser import denoiser_of
+    from slimdiff.denoiser import slim_components
 
-    record = None if pipe is None else getattr(denoiser_of(pipe)[1], "slim_record", None)
-    calibration = {} if record is None else record.plan.figures.get("calibration", {})
-    config = calibration.get("config", {})
+    slim = {} if pipe is None else slim_components(pipe)
+    records = [getattr(module, "slim_record", None) for module in slim.values()]
+    found = [record.plan.figures.get("calibration", {}) for record in records if record]
+    config = found[0].get("config", {}) if found else {}
     chosen = {
         "guidance_scale": (guidance, where.guidance),
         "max_sequence_length": (text_tokens, where.text_tokens),

@@ -63,6 +63,14 @@ Model = Annotated[
         show_default="scenes-unet, the bundled reference",
     ),
 ]
+Component = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        help="text_encoder, text_encoder_2 or text_encoder_3: that instead of the denoiser.",
+        show_default="the denoiser",
+    ),
+]
 Dense = Annotated[str, typer.Argument(help="The dense pipeline: folder, hub id or bundled name.")]
 Slim = Annotated[str, typer.Argument(help="The slim pipeline: folder or hub id.")]
 NumPrompts = Annotated[

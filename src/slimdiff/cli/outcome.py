@@ -55,7 +55,7 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
 
 def _table(plan: Plan, title: str) -> Any:
     from slimdiff.report import numbers
-    from slimdiff.report.names import FIGURES, stage_told
+    from slimdiff.report.names import FIGURES, error_key, stage_told
 
     figures, shown = plan.figures, console.table(title, COLUMNS)
     for key in ("params", "macs"):
@@ -68,7 +68,8 @@ def _table(plan: Plan, title: str) -> Any:
         shown.add_row(FIGURES["denoiser"], before, after, f"{latency['speedup']:.2f} times faster")
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
-            shown.add_row(FIGURES[key], "", numbers.error(figures[key]), "")
+            error = numbers.error(figures[key])
+            shown.add_row(FIGURES[error_key(key, figures)], "", error, "")
     for stage, seconds in figures["seconds"].items():
         told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
         shown.add_row(f"seconds to {stage}", "", *told)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.denoiser import denoiser_of
+from slimdiff.denoiser import component_of, denoiser_of
 from slimdiff.errors import SlimdiffError
-from slimdiff.probes import Probes
+from slimdiff.probes import Probes, bound
 
 
 def generate(
@@ -69,38 +69,63 @@ def generate(
 
 
 class _Caught(Exception):
-    """Carries the arguments of a denoiser call that is not made."""
+    """Carries the arguments of a call that is not made."""
 
     def __init__(self, call: dict[str, Any]) -> None:
         super().__init__()
         self.call = call
 
 
-def first_call(pipe: Any, prompt: str = "", **sampling: Any) -> dict[str, Any]:
+def first_call(
+    pipe: Any, prompt: str = "", *, component: str | None = None, **sampling: Any
+) -> dict[str, Any]:
     """Keyword arguments of the first denoiser call for one image; the call itself is not made.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
         prompt: what to draw.
+        component: a text encoder, for its first call instead.
         sampling: as for `generate`.
+
+    Raises:
+        SlimdiffError: the pipeline never calls its denoiser, or the component.
+    """
+    name, module = component_of(pipe, component)
+    return _until(pipe, name, module, [prompt], sampling)
+
+
+def encode(pipe: Any, prompts: Sequence[str], **sampling: Any) -> None:
+    """Have the text encoders of `pipe` read `prompts` as they would to draw them; nothing is drawn.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        prompts: one batch.
+        sampling: as for `generate`; with guidance the empty prompt is encoded too.
 
     Raises:
         SlimdiffError: the pipeline never calls its denoiser.
     """
-    denoiser = denoiser_of(pipe)[1]
-    signature = inspect.signature(denoiser.forward)
+    name, denoiser = denoiser_of(pipe)
+    _until(pipe, name, denoiser, prompts, sampling | {"batch_size": len(prompts)})
+
+
+def _until(
+    pipe: Any, name: str, module: nn.Module, prompts: Sequence[str], sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Run `pipe` until it calls `module`, and return the arguments of that call."""
+    signature = inspect.signature(module.forward)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Caught(dict(signature.bind(*args, **kwargs).arguments))
+        raise _Caught(bound(signature, args, kwargs))
 
-    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        generate(pipe, [prompt], [0], output_type="latent", **sampling)
+        generate(pipe, prompts, range(len(prompts)), output_type="latent", **sampling)
     except _Caught as caught:
         return caught.call
     finally:
         handle.remove()
-    raise SlimdiffError(f"{type(pipe).__name__}: made an image without calling its denoiser")
+    raise SlimdiffError(f"{type(pipe).__name__}: made an image without calling its {name}")
 
 
 def one_row_of(call: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from slimdiff.report import numbers, rows
 from slimdiff.report.facts import measured, timing, total
 from slimdiff.report.html import Html, join, table, tag
-from slimdiff.report.names import FIGURES, METRICS
+from slimdiff.report.names import FIGURES, METRICS, error_key
 from slimdiff.results import Results
 
 Card = tuple[str, str, str]
@@ -42,7 +42,8 @@ def _likeness(results: Results) -> Iterator[Card]:
     if (error := measured(results, "fidelity", "velocity", "relative")) is not None:
         yield "velocity", numbers.error(error), told
     elif (error := measured(results, "plan", "figures", "error_on_probes")) is not None:
-        yield "error_on_probes", numbers.error(error), told
+        key = error_key("error_on_probes", results["plan"]["figures"])
+        yield key, numbers.error(error), told
     if (psnr := measured(results, "fidelity", "images", "psnr")) is not None:
         yield "psnr", f"{psnr:.1f}{numbers.SPACE}dB", "the same prompts and seeds"
     if scenes := measured(results, "fidelity", "scenes"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 METRICS = {"params": "parameters", "macs": "MACs"}
 
@@ -17,6 +18,8 @@ FIGURES = {
     "share_reached": "share of it that was reached",
     "predicted_error": "velocity error, predicted",
     "error_on_probes": "velocity error on probes",
+    "encoder_predicted_error": "error of the encoder's output, predicted",
+    "encoder_error_on_probes": "error of the encoder's output on probes",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
@@ -41,6 +44,11 @@ UNITS = {  # of a width, where the kind's name does not say it
     "modulation": "rank",
 }
 KIND_COLOURS = 6
+
+
+def error_key(key: str, figures: Mapping[str, Any]) -> str:
+    """Which of `FIGURES` an error among a plan's figures is: a text encoder has no velocity."""
+    return f"encoder_{key}" if figures.get("component") else key
 
 
 def kind_name(kind: str) -> str:
