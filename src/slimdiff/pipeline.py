@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
-from slimdiff.planning import check_budget, counted, refuse_unfit
+from slimdiff.planning import by_hand, check_budget, refuse_unfit
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
@@ -59,13 +58,11 @@ def compress(
         budget: what the whole denoiser may hold afterwards; not with `plan`.
         plan: widths to use instead of allocating them.
         recipe, allocation, tied, multiple, temperature, layers: see `allocate`.
-        component: a text encoder (`text_encoder`, `text_encoder_2`, `text_encoder_3`) to slim
-            instead of the denoiser; the budget is then of its parameters or MACs.
+        component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
-        results: file to write what was done to, for `slimdiff report`; with it, images of the first
-            prompts are drawn before and after.
-        pictures: how many.
+        results, pictures: file to write what was done to, for `slimdiff report`; with it, so many
+            images of the first prompts are drawn before and after.
         progress: called with (stage, done, in all).
 
     Raises:
@@ -77,27 +74,30 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     _refuse_impossible(pipe, component, config, budget, plan, how | finer)
-    settings = {"budget": budget} | how | finer
-    drawn = pictures if results else 0
-    journal = Journal(pipe, list(prompts), config, results, drawn, settings, component)
+    done = (results, pictures if results else 0, {"budget": budget} | how | finer, component)
+    journal = Journal(pipe, list(prompts), config, *done)
     journal.draw("dense")
     progress = journal.noting(progress)
     kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
+    once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
     with journal.timed("calibrate"):
-        statistics = calibrate(
-            pipe, prompts, config, component=component, checkpoint=checkpoint, progress=progress
-        )
+        statistics = calibrate(pipe, prompts, config, **once, progress=progress)
     curves: dict[str, ErrorCurve] = {}
     if budget is not None:
         with journal.timed("allocate"):
             curves = measure_curves(denoiser, statistics, **how, **kept)
-            more = how | finer | kept | {"curves": curves}
-            plan = allocate(denoiser, statistics, budget, **more)
+            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept, curves=curves)
     else:
-        assert plan is not None
         plan = _given(denoiser, statistics, plan)
     _finish(journal, statistics, plan, curves, progress)
     return plan
+
+
+def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan | None) -> Plan:
+    assert plan is not None, "checked before: either a budget or a plan"
+    groups = groups_of(denoiser)
+    probe = statistics.probes.batches(1)[0]
+    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe))
 
 
 def _finish(
@@ -122,14 +122,6 @@ def _finish(
     plan.figures["calibration"] = statistics.source
     journal.draw("slim")
     journal.write(plan)
-
-
-def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
-    """A plan that was passed in, with figures of its own widths."""
-    groups = groups_of(denoiser)
-    costs = costs_.measure(denoiser, groups, statistics.probes.batches(1)[0])
-    figures = counted(groups, costs, plan.entries)
-    return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
 def _refuse_impossible(
