@@ -22,7 +22,7 @@ from slimdiff.evaluate.sampling import encode
 from slimdiff.shapes import slim_config
 from slimdiff.slim_text_encoder import MODULE, SlimConfigError, become_slim_, reshape_, slim_class
 from tiny_models import TINY_MODELS
-from tiny_pipeline import image, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline, tiny_sd3_pipeline
 
 QUICK = ("--steps", "2", "--num-probes", "4", "--device", "cpu", "--no-report")
 
@@ -205,6 +205,29 @@ def test_encoders_read_what_they_would_to_draw() -> None:
     seen.clear()
     encode(pipe, ["a cat"], guidance_scale=1.0)
     assert [len(ids) for ids in seen] == [1]
+
+
+def test_all_three_encoders_of_a_pipeline(tmp_path: Path) -> None:
+    """Two CLIPs whose last but one hidden states are used, and a T5; as a variant, in 16 bits."""
+    pipe, before = tiny_sd3_pipeline(), tiny_sd3_pipeline()
+    how = slimdiff.CalibrationConfig(
+        num_inference_steps=2, num_probes=4, guidance_scale=4.0, max_sequence_length=24
+    )
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    for name in names:
+        budget = slimdiff.Budget(params=0.8)
+        plan = slimdiff.compress(pipe, ["a cat", "the sea"], budget, component=name, config=how)
+        assert parameters(getattr(pipe, name)) == plan.figures["params"]
+        assert plan.figures["params"] <= 0.8 * parameters(getattr(before, name))
+        assert plan.figures["error_on_probes"] < 0.05
+    out = slimdiff.save_pipeline(pipe, tmp_path / "slim", variant="fp16")
+    loaded = slimdiff.load_pipeline(out, variant="fp16")
+    latents = [image(p, max_sequence_length=24, output_type="latent") for p in (pipe, loaded)]
+    assert torch.equal(*latents)
+    brain = slimdiff.load_pipeline(out, variant="fp16", torch_dtype=torch.bfloat16)
+    assert {p.dtype for name in names for p in getattr(brain, name).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_a_damaged_encoder_is_refused(slim: Path, tmp_path: Path) -> None:

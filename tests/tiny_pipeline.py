@@ -29,6 +29,62 @@ def tiny_pipeline(seed: int = 0) -> Any:
     return pipe
 
 
+def tiny_sd3_pipeline(seed: int = 0) -> Any:
+    """StableDiffusion3Pipeline: two CLIP encoders and a T5, each with a tokenizer of letters."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    t5, letters = _t5()
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(shift_factor=0.0),
+        text_encoder=_text_encoder(CLIPTextModelWithProjection, 3),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, 3),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=t5,
+        tokenizer_3=letters,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _t5() -> tuple[Any, Any]:
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_lowercase]
+    vocabulary = [(piece, 0.0 if place < 3 else -1.0) for place, piece in enumerate(pieces)]
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=48,
+        d_kv=16,
+        d_ff=64,
+        num_layers=3,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+    )
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
 def _unet() -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -44,7 +100,7 @@ def _unet() -> Any:
     ).eval()
 
 
-def _vae() -> Any:
+def _vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -54,24 +110,26 @@ def _vae() -> Any:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=32,
+        **more,
     ).eval()
 
 
-def _text_encoder() -> Any:
+def _text_encoder(kind: Any = None, layers: int = 1) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=len(_vocabulary()),
         hidden_size=24,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
+        projection_dim=16,
         num_attention_heads=2,
         max_position_embeddings=16,
         bos_token_id=_vocabulary()[START],
         eos_token_id=_vocabulary()[END],
         pad_token_id=_vocabulary()[END],
     )
-    return CLIPTextModel(config).eval()
+    return (kind or CLIPTextModel)(config).eval()
 
 
 def _tokenizer() -> Any:
@@ -142,8 +200,8 @@ def slim_by_hand(pipe: Any, untied: bool = True, seed: int = 1) -> Any:
     return pipe
 
 
-def image(pipe: Any) -> Any:
-    """Two steps of DDIM from a fixed seed, as an array."""
+def image(pipe: Any, **more: Any) -> Any:
+    """Two steps from a fixed seed, as an array."""
     generator = torch.Generator().manual_seed(0)
-    settings = {"num_inference_steps": 2, "output_type": "np"}
+    settings = {"num_inference_steps": 2, "output_type": "np"} | more
     return pipe("a red circle", generator=generator, **settings).images

@@ -84,7 +84,8 @@ def _yaml(header: Mapping[str, str]) -> str:
 def _introduction(slim: Mapping[str, nn.Module], base: str) -> str:
     of = f" of `{base}`" if base else ""
     classes = {name: type(module).__name__.removeprefix("Slim") for name, module in slim.items()}
-    named = " and the ".join(f"{name}{of} (`{dense}`)" for name, dense in classes.items())
+    *most, last = [f"{name}{of} (`{dense}`)" for name, dense in classes.items()]
+    named = " and the ".join([*([", the ".join(most)] if most else []), last])
     return (
         f"The {named} with narrower layers, made by "
         f"slimdiff in closed form from calibration prompts, without training. All other "
