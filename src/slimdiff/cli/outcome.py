@@ -55,7 +55,7 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
 
 def _table(plan: Plan, title: str) -> Any:
     from slimdiff.report import numbers
-    from slimdiff.report.names import FIGURES, error_key, stage_told
+    from slimdiff.report.names import FIGURES, figure_name, stage_told
 
     figures, shown = plan.figures, console.table(title, COLUMNS)
     for key in ("params", "macs"):
@@ -69,7 +69,7 @@ def _table(plan: Plan, title: str) -> Any:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             error = numbers.error(figures[key])
-            shown.add_row(FIGURES[error_key(key, figures)], "", error, "")
+            shown.add_row(figure_name(key, figures), "", error, "")
     for stage, seconds in figures["seconds"].items():
         told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
         shown.add_row(f"seconds to {stage}", "", *told)

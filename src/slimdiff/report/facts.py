@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import FIGURES, KINDS, METRICS, error_key
+from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -129,7 +129,7 @@ def plan_facts(results: Results) -> dict[str, str]:
     found = {key: str(plan[key]) for key in ("recipe", "allocation", "budget") if plan.get(key)}
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
-            found[FIGURES[error_key(key, figures)]] = numbers.error(figures[key])
+            found[figure_name(key, figures)] = numbers.error(figures[key])
     return found
 
 

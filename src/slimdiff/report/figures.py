@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from slimdiff.report import numbers, rows
 from slimdiff.report.facts import measured, timing, total
 from slimdiff.report.html import Html, join, table, tag
-from slimdiff.report.names import FIGURES, METRICS, error_key
+from slimdiff.report.names import METRICS, figure_name
 from slimdiff.results import Results
 
 Card = tuple[str, str, str]
@@ -16,7 +16,8 @@ Card = tuple[str, str, str]
 def key_figures(results: Results) -> Html:
     """The few figures that a hurried reader looks for."""
     cards = [*_sizes(results), *_speed(results), *_likeness(results)]
-    return tag("dl", *(_card(FIGURES[key], value, note) for key, value, note in cards))
+    plan = measured(results, "plan", "figures") or {}
+    return tag("dl", *(_card(figure_name(key, plan), *told) for key, *told in cards))
 
 
 def _sizes(results: Results) -> Iterator[Card]:
@@ -42,8 +43,7 @@ def _likeness(results: Results) -> Iterator[Card]:
     if (error := measured(results, "fidelity", "velocity", "relative")) is not None:
         yield "velocity", numbers.error(error), told
     elif (error := measured(results, "plan", "figures", "error_on_probes")) is not None:
-        key = error_key("error_on_probes", results["plan"]["figures"])
-        yield key, numbers.error(error), told
+        yield "error_on_probes", numbers.error(error), told
     if (psnr := measured(results, "fidelity", "images", "psnr")) is not None:
         yield "psnr", f"{psnr:.1f}{numbers.SPACE}dB", "the same prompts and seeds"
     if scenes := measured(results, "fidelity", "scenes"):

@@ -18,8 +18,6 @@ FIGURES = {
     "share_reached": "share of it that was reached",
     "predicted_error": "velocity error, predicted",
     "error_on_probes": "velocity error on probes",
-    "encoder_predicted_error": "error of the encoder's output, predicted",
-    "encoder_error_on_probes": "error of the encoder's output on probes",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
@@ -46,9 +44,11 @@ UNITS = {  # of a width, where the kind's name does not say it
 KIND_COLOURS = 6
 
 
-def error_key(key: str, figures: Mapping[str, Any]) -> str:
-    """Which of `FIGURES` an error among a plan's figures is: a text encoder has no velocity."""
-    return f"encoder_{key}" if figures.get("component") else key
+def figure_name(key: str, figures: Mapping[str, Any]) -> str:
+    """What one of `FIGURES` is called among those of a plan: a text encoder has no velocity."""
+    name = FIGURES[key]
+    encoder = figures.get("component")
+    return name.replace("velocity error", "error of the encoder's output") if encoder else name
 
 
 def kind_name(kind: str) -> str:

@@ -12,7 +12,7 @@ from slimdiff.report import facts, figures, frontier, lines, plots, tables
 from slimdiff.report.gallery import gallery
 from slimdiff.report.html import Html, join, scrolling, section, tag, text
 from slimdiff.report.made import made, made_of, to_repeat
-from slimdiff.report.names import FIGURES, METRICS, error_key, kind_colour, kind_name
+from slimdiff.report.names import METRICS, figure_name, kind_colour, kind_name
 from slimdiff.results import Results
 
 COMPRESS, EVALUATE = "slimdiff compress", "slimdiff evaluate"
@@ -172,7 +172,7 @@ def _curves(results: Results) -> Html | None:
         return None
     probed = any(group.get("gain") is not None for group in facts.groups_of(results))
     figures = (results.get("plan") or {}).get("figures") or {}
-    known = FIGURES[error_key("predicted_error", figures)]
+    known = figure_name("predicted_error", figures)
     whose = known if probed else "error of the group's own output, predicted"
     told = (
         f"{whose[0].upper()}{whose[1:]}, by the share of its width that a group keeps. One line "
