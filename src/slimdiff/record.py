@@ -113,6 +113,7 @@ def _hook_value_output(recorder: Recorder, denoiser: nn.Module, group: Group) ->
         out.register_forward_pre_hook(
             lambda _m, args: recorder.moment(f"{group.layer}/z", args[0])
         ),
+        _hook_output(recorder, out, group),
     ]
 
 
@@ -121,7 +122,8 @@ def _hook_feed_forward(recorder: Recorder, denoiser: nn.Module, group: Group) ->
     return [
         down.register_forward_pre_hook(
             lambda _m, args: recorder.moment(f"{group.layer}/h", args[0])
-        )
+        ),
+        _hook_output(recorder, down, group),
     ]
 
 
@@ -130,8 +132,15 @@ def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[
     return [
         conv2.register_forward_pre_hook(
             lambda _m, args: recorder.lags(f"{group.layer}/lags", args[0])
-        )
+        ),
+        _hook_output(recorder, conv2, group),
     ]
+
+
+def _hook_output(recorder: Recorder, layer: nn.Module, group: Group) -> Any:
+    return layer.register_forward_hook(
+        lambda _m, _i, out: recorder.output(f"{group.layer}/output_mean", out)
+    )
 
 
 HOOKS: dict[str, Callable[[Recorder, nn.Module, Group], list[Any]]] = {
