@@ -133,7 +133,8 @@ def test_edited_plan_is_used_as_given() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width is 0, expected an integer from 1"),
+        ({"width": -1}, "width is -1, expected an integer from 0"),
+        ({"width": 0}, "attention layer's other half is removed"),
         ({"width": 10**6}, "width is 1000000"),
         ({"dense_width": 7}, "was it made for another model"),
     ],

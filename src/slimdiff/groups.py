@@ -25,6 +25,9 @@ LAYERS: dict[str, str] = {
 INWARD = {"q", "k", "v", "up", "conv1", "time", "norm"}
 """Roles whose layers put out the inner channels; those of the other roles take them in."""
 
+OUTPUTS = {"value_output": "out", "feed_forward": "down", "resnet": "conv2"}
+"""Kind of group -> the role that puts out what its layer puts out."""
+
 
 @dataclass(frozen=True)
 class Attention:

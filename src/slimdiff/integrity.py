@@ -170,6 +170,11 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
     slim = config["slimdiff"]
     wrong = None if config["_class_name"] == f"Slim{plan.denoiser}" else plan.denoiser
     for name, entry in plan.entries.items():
+        if not entry.width:
+            attention = entry.kind in ("query_key", "value_output")
+            layer = name.rsplit(".", 1)[0] if attention else name
+            wrong = wrong or (None if layer in slim.get("constants", {}) else name)
+            continue
         if entry.kind == "feed_forward":
             shapes = [s for p, s in slim["linears"].items() if p.startswith(f"{name}.")]
             fits = any(entry.width in s for s in shapes) if shapes else entry.is_full

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from slimdiff.denoiser import denoiser_of
-from slimdiff.plan import Plan
+from slimdiff.plan import Entry, Plan
+from slimdiff.report.names import width_name
 
 CARD_FILE = "README.md"
 
@@ -144,7 +145,7 @@ def _groups(plan: Plan) -> str:
             f"`{name}`",
             entry.kind.replace("_", "-"),
             f"{entry.dense_heads} to {entry.heads}" if entry.heads != entry.dense_heads else "",
-            f"{entry.dense_width} to {entry.width}" if not entry.is_full else f"{entry.width}",
+            f"{entry.width}" if entry.is_full else _narrowed(entry),
         )
         for name, entry in plan.entries.items()
     ]
@@ -152,8 +153,12 @@ def _groups(plan: Plan) -> str:
     return (
         f"<details>\n<summary>Widths of all {len(rows)} groups</summary>\n\n{table}\n\n"
         f"Width is channels per head for attention, hidden units for feed-forward, inner "
-        f"channels for a ResNet.\n\n</details>"
+        f"channels for a ResNet. A layer that was removed puts out its mean.\n\n</details>"
     )
+
+
+def _narrowed(entry: Entry) -> str:
+    return f"{entry.dense_width} to {entry.width}" if entry.width else width_name(0)
 
 
 def _maps(name: str) -> str:

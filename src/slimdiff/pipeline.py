@@ -23,6 +23,7 @@ from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import check_budget, counted, refuse_unfit
+from slimdiff.removal import removable_layers
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
@@ -43,6 +44,7 @@ def compress(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
@@ -55,14 +57,12 @@ def compress(
     Args:
         pipe: a diffusers pipeline with a dense denoiser of a known family.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
-        budget: what the whole denoiser may hold afterwards; not with `plan`.
-        plan: widths to use instead of allocating them.
-        recipe, allocation, tied, multiple, temperature, layers: see `allocate`.
+        budget, plan: what the denoiser may hold afterwards, or the widths to use instead.
+        recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
-        results: file to write what was done to, for `slimdiff report`; with it, images of the first
-            prompts are drawn before and after.
-        pictures: how many.
+        results: file to write what was done to, for `slimdiff report`.
+        pictures: how many of the first prompts are drawn before and after, for these results.
         progress: called with (stage, done, in all).
 
     Raises:
@@ -73,6 +73,7 @@ def compress(
     config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
+    finer["remove_layers"] = remove_layers
     _refuse_impossible(pipe, config, budget, plan, how | finer)
     settings = {"budget": budget} | how | finer
     journal = Journal(pipe, list(prompts), config, results, pictures if results else 0, settings)
@@ -142,7 +143,8 @@ def _refuse_impossible(
         plan.check(groups_of(denoiser))
     if budget is not None:
         name = how["allocation"] or recipe.allocation
-        settings = Allocation(name, how["tied"], how["multiple"], how["temperature"])
+        may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
+        settings = Allocation(name, how["tied"], how["multiple"], how["temperature"], may_go)
         call = one_row_of(first_call(pipe, **config.sampling))
         costs = costs_.measure(denoiser, groups, call)
         refuse_unfit(budget, recipe, settings)

@@ -24,11 +24,13 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
         SlimdiffError: no block matches, or a layer is not what the family's data says.
     """
     groups: list[Group] = []
+    removed = False
     for path, block in denoiser.named_modules():
+        removed = removed or _is_removed(block)
         for spec in family.blocks:
             if re.fullmatch(spec.pattern, path):
                 groups.extend(_groups_in(path, block, spec))
-    if not groups:
+    if not groups and not removed:
         patterns = ", ".join(spec.pattern for spec in family.blocks)
         raise SlimdiffError(
             f"{type(denoiser).__name__}: no module path matches {patterns}, so there is no "
@@ -40,16 +42,22 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
 def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
     for layer in spec.layers:
         if isinstance(layer, ResNet):
-            yield _resnet_group(path, block, layer)
+            if not _is_removed(block):
+                yield _resnet_group(path, block, layer)
             continue
         module = getattr(block, layer.path, None)
-        if module is None:
+        if module is None or _is_removed(module):
             continue
         layer_path = f"{path}.{layer.path}"
         if isinstance(layer, Attention):
             yield from _attention_groups(layer_path, path, module, layer)
         else:
             yield _feed_forward_group(layer_path, path, module, layer)
+
+
+def _is_removed(layer: nn.Module) -> bool:
+    """Whether slimming removed it: it holds what it puts out."""
+    return isinstance(getattr(layer, "constant", None), nn.Parameter)
 
 
 def _attention_groups(

@@ -12,9 +12,10 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.groups import LAYERS, Group, layer_at
+from slimdiff.groups import LAYERS, OUTPUTS, Group, layer_at
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
+from slimdiff.removal import constant_of
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
 
@@ -47,16 +48,21 @@ def rewrite(
     Raises:
         SlimdiffError: slim already; the plan or the statistics belong to another model.
     """
-    from slimdiff.slim_denoiser import become_slim_
+    from slimdiff.slim_denoiser import become_constant_, become_slim_
 
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
+    config = slim_config(denoiser, groups, plan.entries)
     maps: dict[str, Tensor] = {}
-    changed = plan.changed(groups)
+    gone, changed = plan.removed(groups), plan.changed(groups)
+    constants = {g.layer: constant_of(denoiser, g, statistics) for g in gone if g.kind in OUTPUTS}
+    changed = [group for group in changed if group not in gone]
     recipe = recipe_named(plan.recipe)
     for group in changed:
         check_statistics(group, statistics, recipe)
+    for layer, constant in constants.items():
+        become_constant_(denoiser.get_submodule(layer), constant, layer)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
@@ -65,7 +71,7 @@ def rewrite(
         maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
         if progress is not None:
             progress("rewrite", done, len(changed))
-    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    become_slim_(denoiser, config)
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
 

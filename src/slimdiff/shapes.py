@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.groups import INWARD, LAYERS, Group, layer_at
+from slimdiff.groups import INWARD, LAYERS, OUTPUTS, Group, layer_at
 from slimdiff.plan import Entry
 
 
@@ -17,12 +17,18 @@ def slim_config(
     """What `slim_denoiser.reshape_` takes; paths are those of `denoiser`.
 
     Args:
-        denoiser: dense or slim; what a group leaves alone is read off its layers.
+        denoiser: dense; what a group leaves alone is read off its layers.
         groups: dense.
         entries: group name -> what becomes of it; the others stay as they are.
     """
     changed = [g for g in groups if g.name in entries and not entries[g.name].is_full]
     config: dict[str, Any] = {"linears": {}, "convolutions": {}, "norms": {}, "attentions": {}}
+    constants = {
+        group.layer: layer_at(denoiser, group.paths[OUTPUTS[group.kind]]).weight.shape[0]
+        for group in changed
+        if group.kind in OUTPUTS and entries[group.name].width == 0
+    }
+    changed = [group for group in changed if entries[group.name].width]
     for group in changed:
         inner = entries[group.name].heads * entries[group.name].width
         for role, path in group.paths.items():
@@ -40,4 +46,4 @@ def slim_config(
         width, heads = (group.width, group.heads) if entry is None else (entry.width, entry.heads)
         half = "qk" if group.kind == "query_key" else "vo"
         config["attentions"].setdefault(group.layer, {}).update({"heads": heads, half: width})
-    return {"version": 1, **config}
+    return {"version": 1, **config, **({"constants": constants} if constants else {})}

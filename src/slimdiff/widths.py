@@ -68,6 +68,7 @@ def allocate(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
     timed_rows: int = 2,
@@ -87,6 +88,8 @@ def allocate(
             attention processors; untied layers use slimdiff's own processor.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
+        remove_layers: let whole layers go, and put out their mean, where the probed allocation
+            finds that best; statistics without means keep all layers.
         layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
             that the recipe knows (`paper` and `magnitude` leave ResNets alone).
         curves: from `measure_curves`; measured here if not given.
@@ -107,7 +110,7 @@ def allocate(
         curves = measure_curves(
             denoiser, statistics, recipe, allocation, layers=layers, progress=progress
         )
-    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves, remove_layers)
     if budget.metric == "latency":
         return _as_fast(job, timed_rows, folder, progress)
     if budget.largest_error is not None:
@@ -127,12 +130,16 @@ class _Job:
         settings: Allocation,
         layers: Sequence[str] | None,
         curves: Mapping[str, ErrorCurve],
+        remove_layers: bool,
     ) -> None:
         probe = statistics.probes.batches(1)
         inputs = probe[0] if probe else costs_.example_inputs(denoiser)
         self.denoiser, self.statistics, self.curves = denoiser, statistics, curves
-        self.budget, self.recipe, self.settings = budget, recipe, settings
         self.groups = groups_of(denoiser, layers or recipe.layers)
+        measured = {name for name, curve in curves.items() if curve.removed is not None}
+        may_go = {g.layer for g in self.groups if remove_layers and g.name in measured}
+        self.budget, self.recipe = budget, recipe
+        self.settings = replace(settings, removable=frozenset(may_go))
         self.costs = costs_.measure(denoiser, self.groups, inputs)
 
     def plan(self, **limits: Any) -> Plan:
@@ -160,6 +167,7 @@ def frontier_of(
     recipe: str = "slimdiff",
     tied: bool = True,
     multiple: int = 8,
+    remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
     progress: Progress | None = None,
@@ -170,7 +178,8 @@ def frontier_of(
         denoiser: dense; it is not changed.
         statistics: recorded from it.
         metric: what is budgeted: `params` or `macs`.
-        recipe, tied, multiple, layers, curves: see `allocate`.
+        recipe, tied, multiple, remove_layers, layers, curves: see `allocate`. The least size is
+            that at which no layer is removed.
         progress: called with (stage, done, in all).
 
     Raises:
@@ -184,7 +193,7 @@ def frontier_of(
     refuse_unfit(budget, chosen, settings)
     how: dict[str, Any] = {"layers": layers, "progress": progress}
     curves = curves or measure_curves(denoiser, statistics, recipe, "probed", **how)
-    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves, remove_layers)
     probes = probes_of(denoiser, statistics)
     return frontier(
         lambda limit: job.plan(limit=limit),

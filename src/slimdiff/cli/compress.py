@@ -139,6 +139,7 @@ def compress(
     temperature: Temperature = 0.3,
     untied: Untied = False,
     multiple: Multiple = 8,
+    remove_layers: options.RemoveLayers = True,
     layers: Layers = None,
     num_prompts: NumPrompts = 128,
     timestep_weights: Weights = "uniform",
@@ -174,8 +175,7 @@ def compress(
     )
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
-    if report:
-        job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures}
+    job |= {"remove_layers": remove_layers} | (outcome.files(out, pictures) if report else {})
     pipe = models.load(where, dtype, device, variant)
     stored = models.stored_dtypes(where, pipe, variant) if dtype == "auto" else {}
     done = _run(pipe, texts, job | {"config": config, "checkpoint": checkpoint})

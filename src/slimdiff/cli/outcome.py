@@ -17,6 +17,11 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.name}.{ending}")
 
 
+def files(out: Path, pictures: int) -> dict[str, Any]:
+    """Arguments of `slimdiff.compress` that have it write results."""
+    return {"results": beside(out, "results.json"), "pictures": pictures}
+
+
 def write_page(dense: str, out: Path) -> None:
     """Name the models in the results, and render them."""
     from slimdiff.results import read, write
@@ -69,6 +74,8 @@ def _table(plan: Plan, title: str) -> Any:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             shown.add_row(FIGURES[key], "", numbers.error(figures[key]), "")
+    if figures.get("layers_removed"):
+        shown.add_row(FIGURES["layers_removed"], "", str(figures["layers_removed"]), "")
     for stage, seconds in figures["seconds"].items():
         told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
         shown.add_row(f"seconds to {stage}", "", *told)
