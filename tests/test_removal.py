@@ -16,10 +16,13 @@ from torch import nn
 import slimdiff
 from slimdiff import accounting, profiling
 from slimdiff import costs as costs_
+from slimdiff.bundles import Allocation
 from slimdiff.cli.inspect import measure
+from slimdiff.config import RECIPES
 from slimdiff.curves import ErrorCurve, probes_of
 from slimdiff.fitting import measured_error
 from slimdiff.groups import LAYERS, OUTPUTS, Group
+from slimdiff.jobs import Job
 from slimdiff.removal import constant_of, constant_weights, removable_layers
 from slimdiff.shapes import slim_config
 from slimdiff.slim_denoiser import (
@@ -207,32 +210,43 @@ def test_resnets_that_change_the_size_stay() -> None:
         become_constant_(up, torch.zeros(8), "a.b")
 
 
-def test_layers_go_only_where_that_pays(model: Model) -> None:
-    """Where removing one layer costs nothing and any other everything, that one goes."""
+def told(model: Model, removed: dict[str, float]) -> dict[str, ErrorCurve]:
+    """Curves by which removing a layer costs this much, and everything for the others."""
+    return {
+        g.name: replace(model.curves[g.name], removed=removed.get(g.layer, 1.0))
+        for g in model.groups
+    }
 
-    def told(removed: dict[str, float]) -> dict[str, ErrorCurve]:
-        return {
-            g.name: replace(model.curves[g.name], removed=removed.get(g.layer, 1.0))
-            for g in model.groups
-        }
 
+def test_layers_go_only_where_that_is_predicted_to_pay(model: Model) -> None:
     def gone(curves: dict[str, ErrorCurve], share: float = 0.9, **how: Any) -> set[str]:
-        budget = slimdiff.Budget(params=share)
-        how["curves"] = curves
-        plan = slimdiff.allocate(model.unet, model.statistics, budget, **how)
+        settings = Allocation(**({"name": "probed"} | how))
+        budget, recipe = slimdiff.Budget(params=share), RECIPES["slimdiff"]
+        job = Job(model.unet, model.statistics, budget, recipe, settings, None, curves)
+        plan = job.removing().plan()
         plan.check(model.groups)
         layers = {g.layer for g in plan.removed(model.groups)}
         assert plan.figures.get("layers_removed", 0) == len(layers)
         return layers
 
-    free = told({LIGHT: 0.0})
+    free = told(model, {LIGHT: 0.0})
     assert gone(free) == {LIGHT}
-    assert gone(told({})) == set()
-    assert gone(free, remove_layers=False) == set()
-    assert gone(free, tied=False) == set()
-    for allocation in ("uniform", "entropic"):
-        assert gone(free, allocation=allocation) == set()
+    assert gone(told(model, {})) == set()
+    assert LIGHT not in gone(free, tied=False)
+    for name in ("uniform", "entropic"):
+        assert gone(free, name=name) == set()
     assert len(gone(free, share=0.2)) > 1
+
+
+def test_layers_stay_where_removing_them_measures_worse(model: Model) -> None:
+    how: dict[str, Any] = {"curves": told(model, {LIGHT: 0.0})}
+    given = model.unet, model.statistics
+    plan = slimdiff.allocate(*given, slimdiff.Budget(params=0.95), **how)
+    assert plan.removed(model.groups) == []
+    tight = slimdiff.Budget(params=0.1)
+    with pytest.raises(slimdiff.SlimdiffError, match="smallest possible"):
+        slimdiff.allocate(*given, tight, **how, remove_layers=False)
+    assert slimdiff.allocate(*given, tight, **how).removed(model.groups)
 
 
 def test_statistics_without_means_keep_all_layers(model: Model) -> None:
