@@ -119,6 +119,10 @@ class Plan:
         """The groups that lose something."""
         return [g for g in groups if g.name in self.entries and not self.entries[g.name].is_full]
 
+    def narrowed(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that lose something, but not all."""
+        return [group for group in self.changed(groups) if self.entries[group.name].width]
+
     def removed(self, groups: Sequence[Group]) -> list[Group]:
         """The groups of layers that go wholly."""
         return [g for g in groups if g.name in self.entries and not self.entries[g.name].width]

@@ -11,28 +11,72 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import OUTPUTS, Group, layer_at
+from slimdiff.groups import OUTPUTS, Group, layer_at, stem
+from slimdiff.plan import Plan
 from slimdiff.statistics import Statistics
+
+
+def why_it_stays(
+    denoiser: nn.Module, group: Group, statistics: Statistics | None = None
+) -> str | None:
+    """Why the mean cannot stand in for what the layer of a group puts out; None if it can.
+
+    Args:
+        denoiser: dense.
+        group: of it; one of `OUTPUTS`, since queries and keys go with their values.
+        statistics: its mean must have been recorded in these.
+    """
+    from slimdiff.slim_denoiser import may_be_constant
+
+    if group.kind not in OUTPUTS:
+        return f"a {group.kind.replace('_', '-')} group puts out nothing that a mean could replace"
+    if group.columns:
+        return f"its last linear, {group.paths[OUTPUTS[group.kind]]}, is shared with another layer"
+    if any(role != stem(role) for role in group.paths):
+        return "it joins two streams, and puts out a tensor for each"
+    layer = denoiser.get_submodule(group.layer)
+    if not may_be_constant(layer):
+        return f"a {type(layer).__name__} like this cannot put out a constant"
+    if layer_at(denoiser, group.paths[OUTPUTS[group.kind]]).bias is None:
+        return f"{group.paths[OUTPUTS[group.kind]]} has no bias, whose place its mean would take"
+    if statistics is not None and mean_name(group) not in statistics.sums:
+        return f"{mean_name(group)}, its mean, was not recorded; calibrate again"
+    return None
 
 
 def removable_layers(
     denoiser: nn.Module, groups: Sequence[Group], statistics: Statistics | None = None
 ) -> frozenset[str]:
-    """Paths of the layers that can put out a constant.
-
-    Those whose last linear or convolution has a bias, which the constant takes the place of, and,
-    with `statistics`, whose mean was recorded.
-    """
-    from slimdiff.slim_denoiser import may_be_constant
-
+    """Paths of the layers that can put out their mean (see `why_it_stays`)."""
     return frozenset(
-        group.layer
-        for group in groups
-        if group.kind in OUTPUTS
-        and may_be_constant(denoiser.get_submodule(group.layer))
-        and layer_at(denoiser, group.paths[OUTPUTS[group.kind]]).bias is not None
-        and (statistics is None or mean_name(group) in statistics.sums)
+        group.layer for group in groups if why_it_stays(denoiser, group, statistics) is None
     )
+
+
+def check_removed(
+    denoiser: nn.Module, groups: Sequence[Group], plan: Plan, statistics: Statistics | None = None
+) -> None:
+    """Refuse a plan that removes a layer which cannot go, or whose mean was not recorded.
+
+    Raises:
+        SlimdiffError: names the layer and says why.
+    """
+    for group in plan.removed(groups):
+        if group.kind == "query_key":
+            continue
+        _refuse_if_it_stays(denoiser, group)
+        if statistics is not None:
+            constant_of(denoiser, group, statistics)
+
+
+def _refuse_if_it_stays(
+    denoiser: nn.Module, group: Group, statistics: Statistics | None = None
+) -> None:
+    why = why_it_stays(denoiser, group, statistics)
+    if why is not None:
+        raise SlimdiffError(
+            f"{group.name}: the plan removes its layer (width 0), but {why}; give it a width"
+        )
 
 
 def removed_from(denoiser: nn.Module) -> dict[str, int]:
@@ -52,17 +96,7 @@ def constant_of(denoiser: nn.Module, group: Group, statistics: Statistics) -> Te
     Raises:
         SlimdiffError: it was not recorded, or of another model; or the layer cannot be removed.
     """
-    if group.layer not in removable_layers(denoiser, [group]):
-        raise SlimdiffError(
-            f"{group.name}: the plan removes it (width 0), but a "
-            f"{type(denoiser.get_submodule(group.layer)).__name__} like this cannot put out a "
-            f"constant; give it a width"
-        )
-    if mean_name(group) not in statistics.sums:
-        raise SlimdiffError(
-            f"{mean_name(group)}: the mean was not recorded, so the layer cannot be removed (width "
-            f"0); give it a width, or calibrate again"
-        )
+    _refuse_if_it_stays(denoiser, group, statistics)
     outputs = layer_at(denoiser, group.paths[OUTPUTS[group.kind]]).weight.shape[0]
     statistics.check(mean_name(group), (outputs,))
     return statistics.mean(mean_name(group))
