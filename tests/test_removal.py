@@ -243,7 +243,7 @@ def test_layers_stay_where_removing_them_measures_worse(model: Model) -> None:
     given = model.unet, model.statistics
     plan = slimdiff.allocate(*given, slimdiff.Budget(params=0.95), **how)
     assert plan.removed(model.groups) == []
-    tight = slimdiff.Budget(params=0.1)
+    tight = slimdiff.Budget(params=0.14)
     with pytest.raises(slimdiff.SlimdiffError, match="smallest possible"):
         slimdiff.allocate(*given, tight, **how, remove_layers=False)
     assert slimdiff.allocate(*given, tight, **how).removed(model.groups)
@@ -255,7 +255,7 @@ def test_statistics_without_means_keep_all_layers(model: Model) -> None:
     assert removable_layers(model.unet, model.groups, old) == frozenset()
     curves = measure_curves(model.unet, old, layers=["attention"])
     assert all(curve.removed is None for curve in curves.values())
-    with pytest.raises(slimdiff.SlimdiffError, match="mean was not recorded.*calibrate again"):
+    with pytest.raises(slimdiff.SlimdiffError, match="output_mean.*not recorded; calibrate again"):
         slimdiff.rewrite(copy.deepcopy(model.unet), old, model.plan())
 
 
@@ -283,7 +283,7 @@ def test_a_removed_layer_is_timed_too(model: Model) -> None:
 
 def test_every_sort_of_layer_can_go(model: Model) -> None:
     kinds = {LAYERS[g.kind] for g in model.groups if g.layer in model.gone}
-    assert kinds == set(LAYERS.values())
+    assert kinds == set(LAYERS.values()) - {"modulation"}
     assert removable_layers(model.unet, model.groups, model.statistics) == {
         group.layer for group in model.groups
     }
