@@ -23,7 +23,7 @@ from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import check_budget, counted, refuse_unfit
-from slimdiff.removal import removable_layers
+from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
@@ -141,6 +141,7 @@ def _refuse_impossible(
     groups = groups_of(denoiser, how["layers"] or recipe.layers)
     if plan is not None:
         plan.check(groups_of(denoiser))
+        check_removed(denoiser, groups_of(denoiser), plan)
     if budget is not None:
         name = how["allocation"] or recipe.allocation
         may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()

@@ -102,6 +102,20 @@ def constant_of(denoiser: nn.Module, group: Group, statistics: Statistics) -> Te
     return statistics.mean(mean_name(group))
 
 
+def remove_layers_(denoiser: nn.Module, gone: Sequence[Group], statistics: Statistics) -> None:
+    """Have the layers of these groups put out their mean, and forget their weights, in place.
+
+    Raises:
+        SlimdiffError: as for `constant_of`.
+    """
+    from slimdiff.slim_denoiser import become_constant_
+
+    for group in gone:
+        if group.kind in OUTPUTS:
+            constant = constant_of(denoiser, group, statistics)
+            become_constant_(denoiser.get_submodule(group.layer), constant, group.layer)
+
+
 def constant_weights(
     denoiser: nn.Module, group: Group, statistics: Statistics
 ) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,17 +11,15 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.groups import LAYERS, OUTPUTS, Group, Layer, layer_at, stem, weight_of
+from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
-from slimdiff.removal import check_removed, constant_of
+from slimdiff.removal import check_removed, remove_layers_
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, tuple[Tensor, Tensor | None]]
-
-logger = logging.getLogger(__name__)
 
 
 def rewrite(
@@ -74,11 +71,10 @@ def slim_groups_(
 ) -> dict[str, Tensor]:
     """Put the smaller weights of `groups` into `denoiser`, and return the maps; no other change.
 
-    Layers that go wholly put out their mean from then on. Maps are keyed
-    `<group name>/<map name>`, on the CPU.
+    Maps are keyed `<group name>/<map name>`, on the CPU. Layers that go put out their mean.
     """
     maps: dict[str, Tensor] = {}
-    _remove_layers_(denoiser, plan.removed(groups), statistics)
+    remove_layers_(denoiser, plan.removed(groups), statistics)
     changed = sorted(plan.narrowed(groups), key=_first_column, reverse=True)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
@@ -91,15 +87,6 @@ def slim_groups_(
         if progress is not None:
             progress("rewrite", done, len(changed))
     return maps
-
-
-def _remove_layers_(denoiser: nn.Module, gone: Sequence[Group], statistics: Statistics) -> None:
-    from slimdiff.slim_denoiser import become_constant_
-
-    for group in gone:
-        if group.kind in OUTPUTS:
-            constant = constant_of(denoiser, group, statistics)
-            become_constant_(denoiser.get_submodule(group.layer), constant, group.layer)
 
 
 def _first_column(group: Group) -> int:
@@ -128,8 +115,7 @@ def _maps(
     recipe = recipe_named(plan.recipe)
     decomposition = decompose_group(denoiser, group, statistics, recipe, ordered)
     by_heads = recipe.heads and LAYERS[group.kind] == "attention"
-    size = entry.heads if by_heads else entry.width
-    return decomposition.maps(size)
+    return decomposition.maps(entry.heads if by_heads else entry.width)
 
 
 def slim_weights(

@@ -257,8 +257,8 @@ def may_be_constant(layer: nn.Module) -> bool:
     if type(layer) is ResnetBlock2D:
         return not (layer.up or layer.down)
     if type(layer) is Attention:
-        free = layer.norm_q is None and layer.norm_k is None  # else they are no group, and stay
-        return free and type(layer.processor).__name__ in STOCK_PROCESSORS
+        norms = [getattr(layer, name, None) for name in ("norm_q", "norm_k")]
+        return norms == [None, None] and type(layer.processor).__name__ in STOCK_PROCESSORS
     return type(layer) is FeedForward
 
 
