@@ -77,15 +77,6 @@ Prompts = Annotated[
 Prompt = Annotated[
     list[str] | None, typer.Option("--prompt", help="A prompt; give it again for more images.")
 ]
-RemoveLayers = Annotated[
-    bool,
-    typer.Option(
-        "--remove-layers/--keep-layers",
-        help="Let whole layers go where that loses least (they then put out their mean), or only "
-        "narrow them.",
-        rich_help_panel="Recipe",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 Steps = Annotated[int, _sampling("num_inference_steps", "--steps")]

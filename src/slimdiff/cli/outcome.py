@@ -17,11 +17,6 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.name}.{ending}")
 
 
-def files(out: Path, pictures: int) -> dict[str, Any]:
-    """Arguments of `slimdiff.compress` that have it write results."""
-    return {"results": beside(out, "results.json"), "pictures": pictures}
-
-
 def write_page(dense: str, out: Path) -> None:
     """Name the models in the results, and render them."""
     from slimdiff.results import read, write
