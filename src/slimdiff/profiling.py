@@ -104,7 +104,7 @@ def _measured(
     for done, (layer, groups) in enumerate(layers.items(), start=1):
         args, kwargs = inputs.pop(layer)
         module = denoiser.get_submodule(layer)
-        alike = _signature(module, groups, args, kwargs)
+        alike = f"{_signature(module, groups, args, kwargs)} {layer in may_go}"
         if alike not in known:
             widths = _widths(groups[0], multiple, layer in may_go)
             calls = {

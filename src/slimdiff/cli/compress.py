@@ -84,8 +84,7 @@ def compress(
     where = models.source(model)
     out = _usable(where, out or Path(f"{where.name}-slim"))
     budgets = (params, macs, remove, memory, speedup, latency, quality)
-    if low_memory and allocation is None:
-        allocation = "uniform"
+    allocation = allocation or ("uniform" if low_memory else None)
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature)
     if low_memory:
         return _stream(where, out, statistics, job, variant)
