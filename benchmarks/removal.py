@@ -3,8 +3,8 @@
     python benchmarks/removal.py            # goes on where it was stopped
 
 Plans for the bundled UNet under several budgets, with layers that may only narrow and with layers
-that may go wholly, from several draws of sixteen probes out of the same calls; and the same with
-probes drawn at random, as they once were. The figure is the velocity error on test prompts.
+that may go wholly, from draws of sixteen probes out of the same calls; and the same with probes
+drawn at random, as they once were. The figure is the velocity error on test prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slimdiff.widths import measure_curves
 from trial import BATCH, SAMPLING, Size, Trial
 
 SHARES = (0.65, 0.5, 0.4)
-DRAWS = 3
+DRAWS = 1  # a row takes minutes; more draws go on in the same file
 CALIBRATION, POOL = 64, 16
 SIZE = Size(images=32, errors=32, runs=1)
 
