@@ -1,4 +1,4 @@
-"""Train the reference pipeline: `python -m slimdiff.reference.train --out runs/scenes-unet`.
+"""Train a reference pipeline: `python -m slimdiff.reference.train --reference scenes-unet`.
 
 Three stages: autoencoder, text encoder (both minutes), then the denoiser together with the text
 encoder. Every stage leaves its result in `out`; a second call continues where the first stopped,
@@ -18,18 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimdiff.reference.build import (
-    Architecture,
-    build_scheduler,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
+from slimdiff.reference.bundled import bundled_path
 from slimdiff.reference.captions import scenes
+from slimdiff.reference.contract import Reference
 from slimdiff.reference.data import Pool, encode, images
-from slimdiff.reference.objective import Denoising, PlainAttention
+from slimdiff.reference.objective import Denoising
 from slimdiff.reference.optim import Optimizer, Rates
 from slimdiff.reference.parallel import (
     agree,
@@ -40,6 +35,7 @@ from slimdiff.reference.parallel import (
     wait,
 )
 from slimdiff.reference.pretrain import train_text, train_vae
+from slimdiff.reference.references import TRAINABLE, reference
 from slimdiff.reference.state import Progress, load_state, save_state
 
 log = logging.getLogger(__name__)
@@ -53,11 +49,13 @@ def _option(default: Any, help: str) -> Any:
 class TrainConfig:
     """How long and how to train."""
 
-    out: Path = _option(Path("runs/scenes-unet"), "folder of checkpoints and of the pipeline")
+    reference: str = _option("scenes-unet", "what to train: " + ", ".join(TRAINABLE))
+    out: Path = _option(Path("runs"), "folder of checkpoints")
     steps: int = _option(1050, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
     decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
     batch: int = _option(64, "scenes per step")
+    vae_from: str = _option("", "take over a bundled reference's autoencoder, train none")
     vae_steps: int = _option(1100, "autoencoder steps")
     text_steps: int = _option(250, "text encoder steps before it is trained with the denoiser")
     shard: int = _option(2048, "scenes per shard of encoded training data")
@@ -90,11 +88,25 @@ def stage(path: Path, module: Any, work: Callable[[], None]) -> None:
     module.load_state_dict(load_file(path))
 
 
-def build(arch: Architecture, seed: int) -> tuple[Any, Any, Any]:
-    """VAE, text encoder and UNet with the weights of `seed`."""
+def build(kind: Reference, seed: int) -> tuple[Any, dict[str, nn.Module]]:
+    """Autoencoder and networks of `kind` with the weights of `seed`, channels last."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_vae(arch), build_text_encoder(arch), build_unet(arch)
+        vae, networks = kind.vae(), kind.networks()
+    for module in (vae, *networks.values()):
+        module.to(memory_format=torch.channels_last)
+    return vae, networks
+
+
+def make_vae(vae: Any, config: TrainConfig) -> None:
+    """Train `vae`, or give it the weights of the bundled reference that `config` names."""
+    from safetensors.torch import load_file
+
+    if not config.vae_from:
+        train_vae(vae, config.vae_steps, 0)
+        return
+    path = bundled_path(config.vae_from) / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.load_state_dict(load_file(path))
 
 
 def latent_scaling(out: Path, vae: Any) -> float:
@@ -110,32 +122,24 @@ def latent_scaling(out: Path, vae: Any) -> float:
 # --- the denoiser ------------------------------------------------------------------------------
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains it: inner convolutions and linear layers of the UNet."""
-    outer = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
-    inner = name.startswith("unet.") and parameter.ndim >= 2
-    return inner and not any(word in name for word in outer)
-
-
 class Trainer:
     """The denoiser's training, resumable at any step."""
 
-    def __init__(self, config: TrainConfig, arch: Architecture) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, kind: Reference) -> None:
+        self.config, self.kind = config, kind
         config.out.mkdir(parents=True, exist_ok=True)
-        vae, text_encoder, unet = build(arch, config.seed)
-        vae.to(memory_format=torch.channels_last)
-        unet.to(memory_format=torch.channels_last)
-        stage(config.out / "vae.safetensors", vae, lambda: train_vae(vae, config.vae_steps, 0))
+        vae, networks = build(kind, config.seed)
+        stage(config.out / "vae.safetensors", vae, lambda: make_vae(vae, config))
+        text = networks["text"]
         stage(
             config.out / "text.safetensors",
-            text_encoder,
-            lambda: train_text(text_encoder, config.text_steps, config.seed),
+            text,
+            lambda: train_text(text, kind.states, config.text_steps, config.seed),
         )
-        self.vae, self.text_encoder, self.unet = vae.eval(), text_encoder, unet
+        self.vae = vae.eval()
         self.scaling = latent_scaling(config.out, self.vae)
-        self.nets = nn.ModuleDict({"unet": unet, "text": text_encoder})
-        self.optimizer = Optimizer(dict(self.nets.named_parameters()), is_matrix, Rates())
+        self.networks = nn.ModuleDict(networks)
+        self.optimizer = Optimizer(dict(self.networks.named_parameters()), kind.is_matrix, Rates())
         self.progress = Progress()
         self.path = config.out / "state.safetensors"
         if self.path.exists():
@@ -169,9 +173,8 @@ class Trainer:
 
     def _prepare(self) -> Denoising:
         if self.config.bfloat16:
-            self.nets.to(torch.bfloat16)
-        self.unet.set_attn_processor(PlainAttention())
-        return Denoising(self.unet, self.text_encoder, build_scheduler().alphas_cumprod)
+            self.networks.to(torch.bfloat16)
+        return self.kind.denoising(dict(self.networks.items()))
 
     def _pool(self) -> Pool:
         c = self.config
@@ -189,9 +192,9 @@ class Trainer:
         step = self.progress.step
         generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
         loss = denoising.loss(pool.batch(step, self.config.batch, generator), generator)
-        self.nets.zero_grad(set_to_none=True)
+        self.networks.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.nets.parameters())
+        average_gradients(self.networks.parameters())
         rate = min(1.0, (step + 1) / 50, (1 - share) / self.config.decay)
         norm = self.optimizer.step(step + 1, rate, min(0.998, (1 + step) / (10 + step)))
         self.progress.step += 1
@@ -226,7 +229,7 @@ def main() -> None:
     config = parse_config()
     torch.set_num_threads(config.threads)
     join_group()
-    Trainer(config, Architecture()).run()
+    Trainer(config, reference(config.reference)).run()
     leave_group()
 
 
