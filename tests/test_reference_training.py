@@ -12,21 +12,19 @@ from safetensors.torch import load_file
 
 from slimdiff.checkpoint import load_pipeline
 from slimdiff.reference import REFERENCES
+from slimdiff.reference.attention import PlainJointAttention
 from slimdiff.reference.card import Figures, card
 from slimdiff.reference.contract import Reference
 from slimdiff.reference.data import tokenize
-from slimdiff.reference.dit import (
-    EMPTY_TOKENS,
-    DitReference,
-    PlainJointAttention,
-    build_scheduler,
-)
+from slimdiff.reference.dit import EMPTY_TOKENS, DitReference, build_scheduler
 from slimdiff.reference.export import generate, load_average, save, trained_pipeline
 from slimdiff.reference.judge import ATTRIBUTES, SceneAccuracy
 from slimdiff.reference.objective import draw_timesteps, loss_weights
 from slimdiff.reference.optim import orthogonalise
 from slimdiff.reference.parallel import agree, average_gradients, leave_group
 from slimdiff.reference.references import TRAINABLE, reference
+from slimdiff.reference.stages import start_from
+from slimdiff.reference.state import averages
 from slimdiff.reference.train import TrainConfig, Trainer, parse_config
 from slimdiff.reference.unet import UnetReference
 
@@ -125,6 +123,21 @@ def test_the_autoencoder_can_be_taken_over(tmp_path: Path) -> None:
     trainer = Trainer(config, replace(TINY["dit"], vae_channels=(32, 64, 64), norm_groups=32))
     bundled = load_reference("scenes-unet").vae.state_dict()
     assert all(torch.equal(bundled[k], t) for k, t in trainer.vae.state_dict().items())
+
+
+def test_a_reference_can_start_from_one_without_norms(tmp_path: Path) -> None:
+    plain, normed = TINY["dit"], TINY["dit-qknorm"]
+    Trainer(tiny(tmp_path / "plain"), plain).run()
+    config = replace(tiny(tmp_path / "normed"), start_from=str(tmp_path / "plain"))
+    trainer = Trainer(config, normed)
+    average = averages(load_file(tmp_path / "plain" / "state.safetensors"), "transformer")
+    weights = dict(trainer.networks["transformer"].named_parameters())
+    assert all(torch.equal(weights[k], t) for k, t in average.items())
+    norms = {k: w for k, w in weights.items() if k not in average}
+    assert len(norms) == 4 * 2
+    assert all((w > 0).all() and (w == w[0]).all() and w[0] != 1 for w in norms.values())
+    with pytest.raises(KeyError, match="text.first"):
+        start_from({}, dict(trainer.networks.items()), lambda: None)
 
 
 @pytest.mark.parametrize("copies", EMPTY_TOKENS)

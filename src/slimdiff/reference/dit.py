@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slimdiff.reference.attention import PlainJointAttention
 from slimdiff.reference.build import (
     LATENT_CHANNELS,
     LATENT_SIDE,
@@ -211,43 +212,3 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=1.0)
-
-
-class PlainJointAttention:
-    """Joint attention by explicit products, in which the last context token stands for several.
-
-    n equal tokens without a position draw the attention of one whose logits are larger by ln n.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        copies: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Image (n, t, c) and context (n, s, c), whose last token stands for `copies` (n,)."""
-        n, length, _ = hidden_states.shape
-        own = (attn.to_q, attn.to_k, attn.to_v)
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        norms = (attn.norm_q, attn.norm_k, None), (attn.norm_added_q, attn.norm_added_k, None)
-        image = [_heads(f(hidden_states), attn.heads, g) for f, g in zip(own, norms[0])]
-        context = [_heads(f(encoder_hidden_states), attn.heads, g) for f, g in zip(added, norms[1])]
-        joint = [torch.cat(pair, 1) for pair in zip(image, context)]
-        query, key, value = [image[0], *joint[1:]] if attn.context_pre_only else joint
-        bias = key.new_zeros(n, 1, key.shape[1])
-        if copies is not None:
-            bias[:, 0, -1] = copies.log()
-        bias = bias.repeat_interleave(attn.heads, 0)
-        shares = torch.baddbmm(bias, query, key.mT, alpha=attn.scale).softmax(-1)
-        mixed = torch.bmm(shares, value).unflatten(0, (n, attn.heads)).transpose(1, 2).flatten(2)
-        out = attn.to_out[0](mixed[:, :length])
-        rest = mixed[:, length:]
-        return out, rest if attn.context_pre_only else attn.to_add_out(rest)
-
-
-def _heads(x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-    """(n, t, heads * e) to (n * heads, t, e), normalised."""
-    split = x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
-    return split if norm is None else norm(split)

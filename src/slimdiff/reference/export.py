@@ -25,7 +25,7 @@ from slimdiff.reference.contract import Reference
 from slimdiff.reference.judge import SceneAccuracy, scene_accuracy
 from slimdiff.reference.references import TRAINABLE, reference
 from slimdiff.reference.scenes import render_batch
-from slimdiff.reference.state import Progress, load_state
+from slimdiff.reference.state import Progress, averages, load_state
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,9 @@ def load_average(network: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     Raises:
         RuntimeError: a weight is missing or has another shape.
     """
-    prefix = f"average/{name}."
-    own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
     trained = {k for k, _ in network.named_parameters()}
     buffers = {k: t for k, t in network.state_dict().items() if k not in trained}
-    network.load_state_dict(buffers | own)
+    network.load_state_dict(buffers | averages(state, name))
 
 
 def generate(

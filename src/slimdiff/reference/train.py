@@ -9,10 +9,8 @@ work too, `slimdiff.reference.parallel` says how to start it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.reference.bundled import bundled_path
-from slimdiff.reference.captions import scenes
 from slimdiff.reference.contract import Reference
-from slimdiff.reference.data import Pool, encode, images
+from slimdiff.reference.data import Pool
 from slimdiff.reference.objective import Denoising
 from slimdiff.reference.optim import Optimizer, Rates
-from slimdiff.reference.parallel import (
-    agree,
-    average_gradients,
-    join_group,
-    leave_group,
-    rank,
-    wait,
-)
+from slimdiff.reference.parallel import agree, average_gradients, join_group, leave_group, rank
 from slimdiff.reference.pretrain import train_text, train_vae
 from slimdiff.reference.references import TRAINABLE, reference
+from slimdiff.reference.stages import build, latent_scaling, stage, start_from, take_vae
 from slimdiff.reference.state import Progress, load_state, save_state
 
 log = logging.getLogger(__name__)
@@ -54,8 +44,10 @@ class TrainConfig:
     steps: int = _option(1050, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
     decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
+    rate: float = _option(1.0, "share of the usual learning rates")
     batch: int = _option(64, "scenes per step")
     vae_from: str = _option("", "take over a bundled reference's autoencoder, train none")
+    start_from: str = _option("", "take over the averaged weights of this training folder")
     vae_steps: int = _option(1100, "autoencoder steps")
     text_steps: int = _option(250, "text encoder steps before it is trained with the denoiser")
     shard: int = _option(2048, "scenes per shard of encoded training data")
@@ -72,79 +64,46 @@ class TrainConfig:
             raise ValueError(f"steps and batch must be at least 1, got {self.steps}, {self.batch}")
 
 
-# --- stages that are done once -----------------------------------------------------------------
-
-
-def stage(path: Path, module: Any, work: Callable[[], None]) -> None:
-    """Load `module` from `path`, or do `work` on it and leave it there."""
-    from safetensors.torch import load_file, save_file
-
-    if not path.exists() and rank() == 0:
-        work()
-        partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, partial)
-        partial.replace(path)
-    wait()
-    module.load_state_dict(load_file(path))
-
-
-def build(kind: Reference, seed: int) -> tuple[Any, dict[str, nn.Module]]:
-    """Autoencoder and networks of `kind` with the weights of `seed`, channels last."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae, networks = kind.vae(), kind.networks()
-    for module in (vae, *networks.values()):
-        module.to(memory_format=torch.channels_last)
-    return vae, networks
-
-
-def make_vae(vae: Any, config: TrainConfig) -> None:
-    """Train `vae`, or give it the weights of the bundled reference that `config` names."""
-    from safetensors.torch import load_file
-
-    if not config.vae_from:
-        train_vae(vae, config.vae_steps, 0)
-        return
-    path = bundled_path(config.vae_from) / "vae" / "diffusion_pytorch_model.safetensors"
-    vae.load_state_dict(load_file(path))
-
-
-def latent_scaling(out: Path, vae: Any) -> float:
-    """One over the deviation of latents, measured once and kept in `out`."""
-    path = out / "scaling.json"
-    if not path.exists() and rank() == 0:
-        latents = encode(vae, images(scenes("train", 256), 0), 1.0)
-        path.write_text(json.dumps(round(1 / float(latents.std()), 3)))
-    wait()
-    return float(json.loads(path.read_text()))
-
-
-# --- the denoiser ------------------------------------------------------------------------------
-
-
 class Trainer:
     """The denoiser's training, resumable at any step."""
 
     def __init__(self, config: TrainConfig, kind: Reference) -> None:
         self.config, self.kind = config, kind
         config.out.mkdir(parents=True, exist_ok=True)
-        vae, networks = build(kind, config.seed)
-        stage(config.out / "vae.safetensors", vae, lambda: make_vae(vae, config))
-        text = networks["text"]
-        stage(
-            config.out / "text.safetensors",
-            text,
-            lambda: train_text(text, kind.states, config.text_steps, config.seed),
-        )
-        self.vae = vae.eval()
-        self.scaling = latent_scaling(config.out, self.vae)
+        self.vae, networks = build(kind, config.seed)
         self.networks = nn.ModuleDict(networks)
-        self.optimizer = Optimizer(dict(self.networks.named_parameters()), kind.is_matrix, Rates())
+        stage(config.out / "vae.safetensors", self.vae, self._train_vae)
+        stage(config.out / "text.safetensors", networks["text"], self._train_text)
+        self.vae.eval()
+        self.scaling = latent_scaling(config.out, self.vae)
         self.progress = Progress()
         self.path = config.out / "state.safetensors"
+        if config.start_from and not self.path.exists():
+            self._start()
+        parameters = dict(self.networks.named_parameters())
+        self.optimizer = Optimizer(parameters, kind.is_matrix, Rates())
         if self.path.exists():
             state, self.progress = load_state(self.path)
             self.optimizer.restore(state)
+
+    def _train_vae(self) -> None:
+        if self.config.vae_from:
+            take_vae(self.vae, self.config.vae_from)
+        else:
+            train_vae(self.vae, self.config.vae_steps, 0)
+
+    def _train_text(self) -> None:
+        if not self.config.start_from:  # which brings a text encoder along
+            text, c = self.networks["text"], self.config
+            train_text(text, self.kind.states, c.text_steps, c.seed)
+
+    def _start(self) -> None:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        networks = dict(self.networks.items())
+        denoising = self.kind.denoising(networks)
+        batch = self._pool().batch(0, self.config.batch, generator)
+        state, _ = load_state(Path(self.config.start_from) / "state.safetensors")
+        start_from(state, networks, lambda: denoising.loss(batch, generator))
 
     def run(self, stop: int | None = None) -> None:
         """Train to the end, or as if killed after step `stop`."""
@@ -195,7 +154,7 @@ class Trainer:
         self.networks.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.networks.parameters())
-        rate = min(1.0, (step + 1) / 50, (1 - share) / self.config.decay)
+        rate = self.config.rate * min(1.0, (step + 1) / 50, (1 - share) / self.config.decay)
         norm = self.optimizer.step(step + 1, rate, min(0.998, (1 + step) / (10 + step)))
         self.progress.step += 1
         self.progress.samples += self.config.batch

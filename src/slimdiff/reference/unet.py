@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slimdiff.reference.attention import PlainAttention
 from slimdiff.reference.build import (
     LATENT_CHANNELS,
     LATENT_SIDE,
@@ -159,22 +160,3 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=True,
         steps_offset=1,  # trailing spacing ignores it; the pipeline warns about any other value
     )
-
-
-class PlainAttention:
-    """Attention by explicit products: on CPU its backward is faster than the fused kernel's."""
-
-    def __call__(
-        self,
-        attn: Any,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """Tokens (n, t, c) to tokens (n, t, c)."""
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(x))
-        key = attn.head_to_batch_dim(attn.to_k(context))
-        value = attn.head_to_batch_dim(attn.to_v(context))
-        shares = (torch.bmm(query * attn.scale, key.mT)).softmax(-1)
-        return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(shares, value)))
