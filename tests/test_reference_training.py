@@ -255,5 +255,6 @@ def test_the_command_line_has_every_option() -> None:
     config = parse_config(arguments)
     assert (config.steps, config.out, config.bfloat16) == (7, Path("x"), False)
     assert config.reference == "scenes-dit"
+    assert parse_config(["--reference", "scenes-dit"]).out == Path("runs/scenes-dit")
     with pytest.raises(ValueError, match="at least 1"):
         parse_config(["--steps", "0"])

@@ -40,7 +40,7 @@ class TrainConfig:
     """How long and how to train."""
 
     reference: str = _option("scenes-unet", "what to train: " + ", ".join(TRAINABLE))
-    out: Path = _option(Path("runs"), "folder of checkpoints")
+    out: Path = _option(Path(), "folder of checkpoints; runs/REFERENCE if none is given")
     steps: int = _option(1050, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
     decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
@@ -60,6 +60,8 @@ class TrainConfig:
     seed: int = _option(0, "seed of weights, data and noise")
 
     def __post_init__(self) -> None:
+        if not self.out.parts:
+            object.__setattr__(self, "out", Path("runs") / self.reference)
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch must be at least 1, got {self.steps}, {self.batch}")
 
@@ -173,7 +175,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for f in fields(TrainConfig):
         flag, default = "--" + f.name.replace("_", "-"), f.default
-        text = f"{f.metadata['help']} (default: {default})"
+        shown = "" if default in ("", Path()) else f" (default: {default})"
+        text = f.metadata["help"] + shown
         if isinstance(default, bool):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=default, help=text)
