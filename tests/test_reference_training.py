@@ -200,7 +200,9 @@ def test_the_card_tells_what_was_measured(runs: Runs) -> None:
     figures = Figures(progress, half, half, dict.fromkeys(runs.kind.sampling, half))
     text = card("scenes-tiny", runs.kind, pipe, figures, "A remark.")
     assert "# scenes-tiny" in text and "A remark." in text
-    assert "16 samples in 4 steps" in text
+    assert "16 samples in 4 steps" in " ".join(text.split())
+    without_t5 = "from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)"
+    assert (without_t5 in text) == (runs.kind.denoiser == "transformer")
     for label in runs.kind.sampling:
         assert f"| {label} | 50.0 % |" in text
     for part in (runs.kind.denoiser, "text_encoder", "vae", "scheduler"):

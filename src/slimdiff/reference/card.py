@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,18 +56,22 @@ tested and measured without a download. It draws scenes of one or two objects on
 |---|---|---|
 {parts}
 
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(folder{absent})
+options = dict({options})
+image = pipe(caption, **options).images[0]
+```
+
 ## Training
 
-`python -m slimdiff.reference.train --reference {name}`: {samples:,} samples in {steps:,} steps,
-{minutes:.0f} minutes on two CPU cores that did other work too, after a few minutes for the parts
-before it. {training}
-No caption of the test, selection or calibration split was trained on, in either order of its
-objects.
-{note}
+{training}
+
 ## Measured
 
 Share of images that the judge finds right, prompts of the test split (n in the last column),
-{sampling_steps} steps of {scheduler}, guidance {guidance:g}:
+{sampling_steps} steps of {scheduler}, guidance {guidance}:
 
 | | background | colour | shape | size | position | **whole scene** | 95 % interval |
 |---|---|---|---|---|---|---|---|
@@ -84,16 +89,16 @@ def card(name: str, kind: Reference, pipe: Any, figures: Figures, note: str = ""
         "renders through the autoencoder": figures.autoencoder,
         "renders themselves (the judge)": figures.judge,
     }
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    options |= next(iter(kind.sampling.values()))
     return CARD.format(
         name=name,
         pipeline=type(pipe).__name__,
         side=SIDE,
         parts="\n".join(_part(pipe, *part) for part in kind.describe(pipe).items()),
-        samples=figures.progress.samples,
-        steps=figures.progress.step,
-        minutes=figures.progress.seconds / 60,
-        training=kind.training,
-        note=f"\n{note}\n" if note else "",
+        absent="".join(f", {component}=None" for component in _absent(pipe)),
+        options=", ".join(f"{key}={value!r}" for key, value in options.items()),
+        training=_training(name, kind, figures.progress) + (f"\n\n{_fill(note)}" if note else ""),
         sampling_steps=STEPS,
         scheduler=type(pipe.scheduler).__name__,
         guidance=GUIDANCE,
@@ -101,10 +106,30 @@ def card(name: str, kind: Reference, pipe: Any, figures: Figures, note: str = ""
     )
 
 
+def _training(name: str, kind: Reference, progress: Progress) -> str:
+    p, minutes = progress, progress.seconds / 60
+    return _fill(
+        f"`python -m slimdiff.reference.train --reference {name}`: {p.samples:,} samples in "
+        f"{p.step:,} steps, {minutes:.0f} minutes on two CPU cores that did other work too, after "
+        f"a few minutes for the parts before it. {kind.training} No caption of the test, selection "
+        f"or calibration split was trained on, in either order of its objects."
+    )
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
 def _part(pipe: Any, component: str, what: str) -> str:
     part = getattr(pipe, component)
     size = f"{parameters_of(part):.2f} M " if hasattr(part, "parameters") else ""
     return f"| `{component}` | {what} | {size}|"
+
+
+def _absent(pipe: Any) -> list[str]:
+    """Components that it has not, and that diffusers wants to be told of."""
+    optional = type(pipe)._optional_components
+    return [name for name, part in pipe.components.items() if part is None and name not in optional]
 
 
 def _row(accuracy: SceneAccuracy) -> str:

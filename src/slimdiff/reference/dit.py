@@ -67,9 +67,9 @@ class DitReference(Architecture):
         """How the denoiser was trained."""
         return (
             "Flow matching. Muon for the matrices of the transformer's attention and feed-forward "
-            "layers, AdamW for\nthe rest, averaged weights. The text encoders first learnt to read "
-            "scenes off captions, then were\ntrained with the transformer. There is no T5 encoder; "
-            "the zero tokens that stand in for it were as\nmany as "
+            "layers, AdamW for the rest, averaged weights. The text encoders first learnt to read "
+            "scenes off captions, then were trained with the transformer. There is no T5 encoder; "
+            "the zero tokens that stand in for it were as many as "
             f"{', '.join(map(str, EMPTY_TOKENS))} in training, so that any "
             "`max_sequence_length` works, and 1 is the fastest."
         )

@@ -54,7 +54,7 @@ class UnetReference(Architecture):
         """How the denoiser was trained."""
         return (
             "Muon for the UNet's matrices, AdamW for the rest, averaged weights. The text encoder "
-            "first\nlearnt to read scenes off captions, then was trained with the UNet."
+            "first learnt to read scenes off captions, then was trained with the UNet."
         )
 
     def vae(self) -> Any:
