@@ -21,6 +21,7 @@ from slimdiff.integrity import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS,
+    absent_components,
     check_savable,
     class_of,
     config_of,
@@ -166,7 +167,7 @@ def load_pipeline(
     if folder is not None and name is not None and name not in options:
         options[name] = _load_component(folder / name, torch_dtype, device_map, variant, verify)
     if folder is not None:
-        options = _absent_components(folder) | options
+        options = absent_components(folder) | options
     settings = {"use_safetensors": True, "device_map": device_map, "variant": variant}
     with reading(path):
         return DiffusionPipeline.from_pretrained(
@@ -221,12 +222,6 @@ def _slim_component(folder: Path) -> str | None:
         if _is_slim(index, name) or (config.is_file() and "slimdiff" in read_json(config)):
             return name
     return None
-
-
-def _absent_components(folder: Path) -> dict[str, None]:
-    """What the pipeline was saved without: diffusers wants to be told, of SD3's T5 for instance."""
-    index = read_json(folder / INDEX_FILE)
-    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def _load_component(
