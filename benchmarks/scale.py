@@ -1,4 +1,4 @@
-"""Time and peak memory of every stage on UNets of real size, with random weights.
+"""Time and peak memory of every stage on models of real size, with random weights.
 
     python benchmarks/scale.py sd15 --params 0.884
 
@@ -29,31 +29,31 @@ def main() -> None:
     options = parser.parse_args()
     shape, stages = SHAPES[options.model], Stages()
     with stages.stage("build"):
-        unet = build(shape)
+        denoiser = build(shape)
     stages.model_is_built()
     with stages.stage("inspect"):
-        groups = slimdiff.groups_of(unet)
-        native = costs.measure(unet, groups, costs.example_inputs(unet))
+        groups = slimdiff.groups_of(denoiser)
+        native = costs.measure(denoiser, groups, costs.example_inputs(denoiser))
     calls = [inputs(shape, seed) for seed in range(2)]
     dtype = getattr(torch, options.dtype)
     with torch.no_grad(), stages.stage("dense call"):
-        dense = unet(**calls[0]).sample
+        dense = denoiser(**calls[0]).sample
     with (
         stages.stage("record"),
-        slimdiff.record(unet, num_probes=options.probes, dtype=dtype) as statistics,
+        slimdiff.record(denoiser, num_probes=options.probes, dtype=dtype) as statistics,
     ):
         for call in calls:
-            unet(**call)
+            denoiser(**call)
     recipe = {"recipe": options.recipe, "allocation": options.allocation}
     with stages.stage("curves"):
-        curves = measure_curves(unet, statistics, **recipe)
+        curves = measure_curves(denoiser, statistics, **recipe)
     with stages.stage("allocate"):
         budget = slimdiff.Budget(params=options.params)
-        plan = slimdiff.allocate(unet, statistics, budget, curves=curves, **recipe)
+        plan = slimdiff.allocate(denoiser, statistics, budget, curves=curves, **recipe)
     with stages.stage("rewrite"):
-        slimdiff.rewrite(unet, statistics, plan, curves=curves)
+        slimdiff.rewrite(denoiser, statistics, plan, curves=curves)
     with torch.no_grad(), stages.stage("slim call"):
-        slim = unet(**calls[0]).sample
+        slim = denoiser(**calls[0]).sample
     error = float((slim.double() - dense.double()).square().sum() / dense.double().square().sum())
     write(
         f"scale-{options.model}-{plan.allocation}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_tables import evidence, headline, whole
+from family_tables import families, kept
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -85,14 +86,12 @@ def half(result: dict[str, Any]) -> str:
 OTHERS = {"elastic": elastic, "half": half}
 
 
-def put_headlines(result: dict[str, Any]) -> None:
-    """Replace the README's tables, which stand between comments."""
+def put(name: str, text: str) -> None:
+    """Replace a part of the README that stands between comments."""
     path = HERE.parent / "README.md"
-    for name, render in (("figures", headline), ("whole", whole)):
-        start, end = f"<!-- {name}: benchmarks/tables.py -->", f"<!-- end of {name} -->"
-        before, rest = path.read_text().split(start)
-        after = rest.split(end)[1]
-        path.write_text(f"{before}{start}\n{render(result)}\n{end}{after}")
+    start, end = f"<!-- {name}: benchmarks/tables.py -->", f"<!-- end of {name} -->"
+    before, rest = path.read_text().split(start)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -101,7 +100,11 @@ def main() -> None:
     parts = [HEAD]
     if "evidence" in found:
         parts.append(evidence(found["evidence"]))
-        put_headlines(found["evidence"])
+        put("figures", headline(found["evidence"]))
+        put("whole", whole(found["evidence"]))
+    if "families" in found:
+        put("families", families(found["families"]))
+        put("kept", kept(found["families"]))
     if "ablations" in found:
         parts.append(ablations(found["ablations"]))
     if scales := [result for name, result in found.items() if name.startswith("scale-")]:

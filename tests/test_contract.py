@@ -13,7 +13,7 @@ import slimdiff
 from slimdiff import costs as costs_
 from slimdiff.config import RECIPES
 from slimdiff.curves import effective_weights
-from slimdiff.probing import Probed
+from slimdiff.probing import Probed, tensors_of
 from slimdiff.recipes import decompose_group
 from tiny_models import TINY_MODELS, Inputs
 
@@ -47,7 +47,13 @@ class Case:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
-        return [model(**call).sample for call in inputs]
+        return [output_of(model(**call, return_dict=False)) for call in inputs]
+
+
+def output_of(output: Any) -> Tensor:
+    """What a denoiser puts out as one tensor."""
+    tensors = tensors_of(output)
+    return tensors[0] if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +71,32 @@ def test_every_group_names_layers_and_sees_its_inputs(case: Case) -> None:
         "value_output": "v z",
         "feed_forward": "h",
         "resnet": "lags",
+        "modulation": "x",
     }
-    assert {group.kind for group in case.groups} == set(names)
+    assert {"value_output", "feed_forward"} <= {group.kind for group in case.groups} <= set(names)
+    assert_shared_inputs_are_equal(case)
     for group in case.groups:
         for path in group.paths.values():
             layer = case.model.get_submodule(path)
-            assert isinstance(layer, nn.Linear) or group.kind == "resnet"
+            convolves = group.kind == "resnet" or "depth" in group.paths
+            assert isinstance(layer, nn.Linear) or convolves
         for what in names[group.kind].split():
-            assert case.statistics.weights[f"{group.layer}/{what}"] > 0
+            assert case.statistics.weights[f"{group.source or group.layer}/{what}"] > 0
     assert case.statistics.calls == len(case.inputs)
+
+
+def assert_shared_inputs_are_equal(case: Case) -> None:
+    """Groups that share statistics really get the same input."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert torch.equal(inputs.setdefault("first", args[0]), args[0])
+
+    shared = [case.model.get_submodule(group.layer) for group in case.groups if group.source]
+    handles = [layer.register_forward_pre_hook(hook) for layer in shared]
+    outputs(case.model, case.inputs[:1])
+    for handle in handles:
+        handle.remove()
 
 
 @CASES
@@ -95,12 +118,10 @@ def test_full_widths_change_nothing(case: Case) -> None:
 
 @CASES
 def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
-    """One tied layer, one feed-forward and one ResNet at half width: the reshaped model, with its
-    scale folded in, gives what the dense-size weights that gains are measured with give."""
-    attention = next(g for g in case.groups if g.kind == "query_key").layer
-    forward = next(g for g in case.groups if g.kind == "feed_forward").layer
-    resnet = next(g for g in case.groups if g.kind == "resnet").layer
-    chosen = [g for g in case.groups if g.layer in (attention, forward, resnet)]
+    """One layer of each kind at half width: the reshaped model, with its scale folded in, gives
+    what the dense-size weights that gains are measured with give."""
+    first = {group.kind: group.layer for group in reversed(case.groups)}
+    chosen = [g for g in case.groups if g.layer in first.values()]
     entries = {g.name: case.entry(g, g.width // 2) for g in chosen}
     recipe = RECIPES["slimdiff"]
     swapped: dict[str, Tensor] = {}
@@ -110,7 +131,8 @@ def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
     slim = slimdiff.rewrite(case.copy(), case.statistics, case.plan(entries))
     with torch.no_grad():
         for call, got in zip(case.inputs, outputs(slim, case.inputs), strict=True):
-            want = torch.func.functional_call(case.model, swapped, (), call).sample
+            call = call | {"return_dict": False}
+            want = output_of(torch.func.functional_call(case.model, swapped, (), call))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -119,6 +141,7 @@ def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
     """The error with stages kept from the dense run equals that of a full run."""
     probed = Probed(case.model, case.statistics.probes.batches(8))
     assert probed.error({}) == 0
+    errors = []
     for group in [g for g in case.groups if g.kind in ("feed_forward", "resnet")][1::2]:
         decomposition = decompose_group(case.model, group, case.statistics, RECIPES["slimdiff"])
         weights = effective_weights(case.model, group, decomposition.maps(group.width // 2))
@@ -126,8 +149,10 @@ def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
         full = copy.deepcopy(case.model)
         full.load_state_dict(full.state_dict() | weights)
         probed.denoiser, kept = full, probed.denoiser
-        assert quick == pytest.approx(probed.error({}), rel=1e-4) and quick > 0
+        assert quick == pytest.approx(probed.error({}), rel=1e-4)
         probed.denoiser = kept
+        errors.append(quick)
+    assert max(errors) > 0
 
 
 @CASES
@@ -136,7 +161,10 @@ def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
     slim = case.copy()
     dense = costs_.measure(slim, case.groups, case.inputs[0])
     groups = slimdiff.groups_of(slim, RECIPES[recipe].layers)
-    shrinkable = sum(dense.groups[g.name].of("params", g.width * g.heads) for g in groups)
+    if RECIPES[recipe].heads:  # no head goes where queries and keys stay
+        queries = {g.layer for g in groups if g.kind == "query_key"}
+        groups = [g for g in groups if g.kind != "value_output" or g.layer in queries]
+    shrinkable = sum(dense.groups[g.name].of("params", g.inner) for g in groups)
     budget = slimdiff.Budget(remove=shrinkable // 2)
     plan = slimdiff.allocate(slim, case.statistics, budget, recipe=recipe)
     slimdiff.rewrite(slim, case.statistics, plan)
@@ -145,6 +173,17 @@ def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
     slim_costs = costs_.measure(slim, slimdiff.groups_of(slim), probe)
     assert slim_costs.macs == plan.figures["macs"] < plan.figures["macs_dense"]
     assert all(torch.isfinite(y).all() for y in outputs(slim, case.inputs))
+
+
+@CASES
+def test_predicted_error_holds_at_half_of_everything(case: Case) -> None:
+    probed = Probed(case.copy(), case.statistics.probes.batches(8))
+    dense = costs_.measure(case.model, case.groups, case.inputs[0])
+    shrinkable = sum(dense.groups[g.name].of("params", g.inner) for g in case.groups)
+    budget = slimdiff.Budget(remove=shrinkable // 2)
+    plan = slimdiff.allocate(case.model, case.statistics, budget)
+    slimdiff.rewrite(probed.denoiser, case.statistics, plan)
+    assert 0.4 < probed.error({}) / plan.figures["predicted_error"] < 2.5
 
 
 @CASES
@@ -162,19 +201,19 @@ def test_probed_allocation_loses_less_than_the_others(case: Case) -> None:
         )
         slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
         errors[recipe] = case.error(slim)
-    assert errors["slimdiff"] < errors["paper"] < errors["magnitude"]
+    assert errors["slimdiff"] < min(errors["paper"], errors["magnitude"])
 
 
 @CASES
 def test_untied_widths_run(case: Case) -> None:
     only = {"tied": False, "layers": ("attention",)}
     plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(macs=0.97), **only)
-    widths = {name: entry.width for name, entry in plan.entries.items()}
-    assert any(
-        widths[name] != widths[name.removesuffix("qk") + "vo"]
-        for name in widths
-        if name.endswith(".qk")
-    )
+    widths = {group.layer: group.width for group in case.groups}
+    for name, entry in plan.entries.items():
+        if name.endswith(".qk"):
+            widths[name.removesuffix(".qk")] = entry.width
+    values = {n.removesuffix(".vo"): e.width for n, e in plan.entries.items() if n.endswith(".vo")}
+    assert any(width != widths[layer] for layer, width in values.items())
     slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
     assert case.error(slim) < 0.1
 
@@ -185,6 +224,7 @@ def test_slim_models_are_one_graph_for_the_compiler(case: Case) -> None:
     budget = slimdiff.Budget(params=0.93)
     plan = slimdiff.allocate(slim, case.statistics, budget, allocation="uniform")
     slimdiff.rewrite(slim, case.statistics, plan)
+    torch.compiler.reset()  # else the graphs of other models count as recompilations of this one
     compiled = torch.compile(slim, fullgraph=True, backend="eager")
     got, expected = outputs(compiled, case.inputs[:1]), outputs(slim, case.inputs[:1])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -220,7 +260,7 @@ def test_half_precision_models_stay_in_their_dtype(case: Case, dtype: torch.dtyp
     slim = slimdiff.rewrite(model, statistics, plan)
     assert {p.dtype for p in slim.parameters()} == {dtype}
     with torch.no_grad():
-        assert all(torch.isfinite(slim(**call).sample).all() for call in calls)
+        assert all(torch.isfinite(y).all() for y in outputs(slim, calls))
 
 
 def _cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -228,7 +268,7 @@ def _cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         name: _cast(value, dtype)
         if isinstance(value, dict)
         else value.to(dtype)
-        if value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in call.items()
     }

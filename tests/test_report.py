@@ -133,8 +133,11 @@ def test_blocks_come_in_the_order_of_the_network(html):
 
 
 def test_shares_by_kind_and_block_add_up(page):
-    for key, kind in KINDS.items():
-        mine = [g for g in sample_results.compressed()["groups"] if g["kind"] == key]
+    groups = sample_results.compressed()["groups"]
+    kinds = {group["kind"] for group in groups}
+    assert len(kinds) == 4
+    for key in kinds:
+        kind, mine = KINDS[key], [group for group in groups if group["kind"] == key]
         dense, slim = (sum(g[key] for g in mine) for key in ("params_dense", "params"))
         change = f"{numbers.count(dense)} → {numbers.count(slim)}".replace("\xa0", " ")
         assert f"{kind}{change}{numbers.percent(slim / dense)}".replace("\xa0", " ") in page.text

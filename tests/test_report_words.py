@@ -1,7 +1,7 @@
 """What the page says beside its figures: names, warnings, kinds, and how to repeat it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sample_results
@@ -106,12 +106,12 @@ def test_kinds_have_colours_of_their_own_and_new_ones_the_next():
     found = compressed()
     page = render(found)
     assert "ResNet channels" in page and "var(--kind-3)" in page
-    assert "var(--kind-4)" not in page.split("</style>")[1]
+    assert "var(--kind-5)" not in page.split("</style>")[1]
     for group in found["groups"]:
         if group["kind"] == "resnet":
             group["kind"] = "state_space"
     page = render(found)
-    assert "state-space" in page and "var(--kind-4)" in page.split("</style>")[1]
+    assert "state-space" in page and "var(--kind-5)" in page.split("</style>")[1]
     assert "ResNet channels" not in page and "var(--kind-3)" not in page.split("</style>")[1]
 
 
@@ -128,6 +128,7 @@ def test_heads_that_went_are_told():
     assert (dense, slim) == ("40 × 8", "40 × 1")
 
 
+@example(longest=0.0010000000000000002, nbins=2)
 @given(longest=st.floats(1e-3, 1e12), nbins=st.integers(2, 8))
 def test_an_axis_covers_its_last_tick_and_the_longest_bar(longest, nbins):
     from matplotlib.figure import Figure

@@ -26,7 +26,7 @@ from slimdiff.config import TRANSFORMER, recipe_named
 from slimdiff.groups import Group
 from slimdiff.plan import Plan
 from slimdiff.recipes import decompose_group
-from slimdiff.rewrite import _put, _slim_weights
+from slimdiff.rewrite import put_, slim_weights
 
 TEMPERATURE = 0.1
 
@@ -39,7 +39,7 @@ def slim(job: Job) -> nn.Module:
     for group in plan.changed(groups):
         entry = plan.entries[group.name]
         maps = _maps(job, group, entry.width)
-        _put(unet, _slim_weights(unet, group, entry, maps))
+        put_(unet, group, slim_weights(unet, group, entry, maps))
     return become_slim(unet, job.pipe.unet, replace(plan, recipe="modegpt"))
 
 

@@ -26,7 +26,7 @@ from slimdiff.decompose.linalg import damped, inverse_of_factored_, refit_coupli
 from slimdiff.decompose.linalg import triangular_factor as factor
 from slimdiff.groups import Group, layer_at
 from slimdiff.plan import Entry, Plan
-from slimdiff.rewrite import _put, _slim_weights
+from slimdiff.rewrite import put_, slim_weights
 
 
 def slim(job: Job) -> nn.Module:
@@ -46,14 +46,15 @@ def slim(job: Job) -> nn.Module:
         entry = entries[group.name]
         if group.kind in ("feed_forward", "resnet"):
             select = _units if group.kind == "feed_forward" else _channels
-            _put(unet, _slim_weights(unet, group, entry, select(unet, group, statistics, entry)))
+            maps = select(unet, group, statistics, entry)
+            put_(unet, group, slim_weights(unet, group, entry, maps))
             continue
-        weights = _slim_weights(unet, group, entry, {"heads": kept[group.layer]})
+        weights = slim_weights(unet, group, entry, {"heads": kept[group.layer]})
         if group.kind == "value_output":
             path, moment_ii = group.paths["out"], statistics.mean(f"{group.layer}/z")
             out_oi = compensated(weight(unet, path), moment_ii, group.heads, kept[group.layer])
-            weights[path] = (out_oi, weights[path][1])
-        _put(unet, weights)
+            weights["out"] = (out_oi, weights["out"][1])
+        put_(unet, group, weights)
     return become_slim(unet, job.pipe.unet, plan)
 
 

@@ -213,14 +213,17 @@ def _slope(costs: Sequence[int], errors: Sequence[float], start: int, end: int) 
     return (errors[start] - errors[end]) / (costs[end] - costs[start])
 
 
-def allowed_sizes(dense: int, multiple: int, step: int = 1) -> list[int]:
+def allowed_sizes(
+    dense: int, multiple: int, step: int = 1, largest: int | None = None
+) -> list[int]:
     """Sizes that a width may take: multiples of `multiple` and `step`, and the dense size; never 0.
 
-    Where fewer than four multiples fit (eight if there is a `step`), `multiple` is halved until
-    they do; `step` always holds.
+    None between `largest` and the dense size is offered. Where fewer than four multiples fit (eight
+    if there is a `step`), `multiple` is halved until they do; `step` always holds.
     """
     fewest = 4 if step == 1 else 8
     while multiple > 1 and dense < fewest * math.lcm(multiple, step):
         multiple //= 2
     common = math.lcm(multiple, step)
-    return [*range(common, dense, common), dense]
+    end = dense if largest is None else min(dense, largest + 1)
+    return [*range(common, end, common), dense]

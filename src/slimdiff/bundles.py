@@ -49,7 +49,10 @@ class Bundle:
 
 
 def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[Bundle]:
-    """All groups, those together that get one size."""
+    """All groups that may shrink, those together that get one size.
+
+    Whole heads can only go where queries and keys may lose theirs too.
+    """
     together: dict[str, list[Group]] = {}
     for group in groups:
         tied = allocation.tied or recipe.heads
@@ -58,10 +61,12 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
     for members in together.values():
         first = members[0]
         by_heads = recipe.heads and LAYERS[first.kind] == "attention"
+        if by_heads and not any(group.kind == "query_key" for group in members):
+            continue
         sizes = (
             allocate.allowed_sizes(first.heads, 1)
             if by_heads
-            else allocate.allowed_sizes(first.width, allocation.multiple, first.step)
+            else allocate.allowed_sizes(first.width, allocation.multiple, first.step, first.largest)
         )
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles

@@ -149,6 +149,7 @@ def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationCo
         "guidance_scale": config.guidance_scale,
         "height": config.height,
         "width": config.width,
+        "max_sequence_length": config.max_sequence_length,
         "output_type": "latent",
     }
     pipe(

@@ -20,6 +20,10 @@ class CalibrationConfig:
     seed: int = field(default=0, metadata={"help": "seed of the initial noise and of the probes"})
     height: int | None = field(default=None, metadata={"help": "image height in pixels"})
     width: int | None = field(default=None, metadata={"help": "image width in pixels"})
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "text tokens per prompt, where the pipeline's call takes this (T5)"},
+    )
     num_probes: int = field(
         default=16, metadata={"help": "denoiser inputs kept to measure gains on"}
     )
@@ -36,7 +40,10 @@ class CalibrationConfig:
     @property
     def sampling(self) -> dict[str, Any]:
         """What `slimdiff.evaluate.generate` takes."""
-        names = ("num_inference_steps", "guidance_scale", "batch_size", "height", "width")
+        names = (
+            *("num_inference_steps", "guidance_scale", "batch_size"),
+            *("height", "width", "max_sequence_length"),
+        )
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
@@ -65,7 +72,7 @@ class Recipe:
         refit: whether the down projection is refit to the units that stay.
         heads: attention loses whole heads by magnitude instead of width per head.
         allocation: default allocation.
-        layers: what may shrink: `attention`, `feed_forward` and `resnet`.
+        layers: what may shrink: `attention`, `feed_forward`, `resnet` and `modulation`.
     """
 
     name: str
@@ -75,7 +82,7 @@ class Recipe:
     refit: bool = True
     heads: bool = False
     allocation: Literal["probed", "entropic", "uniform", "threshold"] = "probed"
-    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet")
+    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet", "modulation")
 
 
 TRANSFORMER = ("attention", "feed_forward")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
-from slimdiff.groups import INWARD, Group, Shapes, layer_at
+from slimdiff.groups import Given, Group, Integers, Shapes, is_inward, layer_at, weight_of
 from slimdiff.probes import flatten, nest
 
 
@@ -29,14 +29,19 @@ class GroupCost:
         params: parameters per inner channel.
         fixed: parameters that stay whatever the width (the bias of the last layer).
         macs: multiply-accumulates per inner channel in one forward.
+        dense: inner channels, parameters and MACs of a layer that is no sum over its channels
+            unless it shrinks (a linear that would become two).
     """
 
     params: int
     fixed: int
     macs: int
+    dense: tuple[int, int, int] | None = None
 
     def of(self, metric: str, inner: int) -> int:
         """Cost at `inner` channels; fixed parameters are left out of it."""
+        if self.dense is not None and self.dense[0] == inner:
+            return self.dense[1 if metric == "params" else 2]
         return inner * (self.params if metric == "params" else self.macs)
 
 
@@ -66,7 +71,8 @@ def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, A
         SlimdiffError: the denoiser does not run on inputs of these shapes.
     """
     rows: dict[str, int] = {}
-    handles = [_count_rows(denoiser, group, role, rows) for group in groups for role in group.paths]
+    paths = {path for group in groups for path in group.paths.values()}
+    handles = [_count_rows(denoiser, path, rows) for path in sorted(paths)]
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.no_grad():
@@ -78,7 +84,8 @@ def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, A
     finally:
         for handle in handles:
             handle.remove()
-    costs = {group.name: _group_cost(denoiser, group, rows) for group in groups}
+    scores = {group.layer: _scores(group, rows) for group in groups if group.kind == "query_key"}
+    costs = {group.name: _group_cost(denoiser, group, rows, scores) for group in groups}
     return Costs(parameters(denoiser), counter.get_total_flops() // 2, costs)
 
 
@@ -94,12 +101,19 @@ def example_inputs(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def _meta_tensors(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        name: _meta_tensors(shape, dtype)
-        if isinstance(shape, dict)
-        else torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in shapes.items()
-    }
+    return {name: _meta_value(shape, dtype) for name, shape in shapes.items()}
+
+
+def _meta_value(shape: Any, dtype: torch.dtype) -> Any:
+    if isinstance(shape, dict):
+        return _meta_tensors(shape, dtype)
+    if isinstance(shape, Given):
+        return shape.value
+    if isinstance(shape, list):
+        return tuple(_meta_value(part, dtype) for part in shape)
+    if isinstance(shape, Integers):
+        return torch.empty(shape.shape, dtype=torch.long, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _meta_state(denoiser: nn.Module) -> dict[str, Tensor]:
@@ -112,9 +126,7 @@ def _meta_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return nest({path: tensor.to("meta") for path, tensor in tensors.items()} | constants)
 
 
-def _count_rows(denoiser: nn.Module, group: Group, role: str, rows: dict[str, int]) -> Any:
-    path = group.paths[role]
-
+def _count_rows(denoiser: nn.Module, path: str, rows: dict[str, int]) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         count = x[:, 0].numel() if x.ndim == 4 else x.shape[:-1].numel()
@@ -123,24 +135,38 @@ def _count_rows(denoiser: nn.Module, group: Group, role: str, rows: dict[str, in
     return layer_at(denoiser, path).register_forward_pre_hook(hook)
 
 
-def _group_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
-    inner = group.heads * group.width
+def _group_cost(
+    denoiser: nn.Module, group: Group, rows: Mapping[str, int], scores: Mapping[str, int]
+) -> GroupCost:
+    if group.kind == "modulation":
+        return _modulation_cost(denoiser, group, rows)
     params = macs = fixed = 0
     for role, path in group.paths.items():
-        layer = layer_at(denoiser, path)
-        own = layer.weight.numel() // inner
-        biases = 0 if layer.bias is None else layer.bias.numel()
-        params += own + (biases // inner if role in INWARD else 0)
-        fixed += 0 if role in INWARD else biases
+        own = weight_of(denoiser, group, role).numel() // group.inner
+        bias = layer_at(denoiser, path).bias
+        biases = 0 if bias is None or group.columns.get(role, (0,))[0] else bias.numel()
+        params += own + (biases // group.inner if is_inward(role) else 0)
+        fixed += 0 if is_inward(role) else biases
         macs += 0 if role == "norm" else own * rows.get(path, 0)
-    tokens = {role: rows.get(path, 0) for role, path in group.paths.items()}
-    return GroupCost(params, fixed, macs + _attention_macs(group, tokens))
+    # Weighted values cost what scores do; where queries and keys keep their width, values are
+    # padded to it, and a narrower width saves nothing there.
+    return GroupCost(params, fixed, macs + scores.get(group.layer, 0))
 
 
-def _attention_macs(group: Group, tokens: Mapping[str, int]) -> int:
-    """Per inner channel: queries * keys for the scores, the same again for the weighted values."""
-    if group.kind == "query_key":
-        return tokens["q"] * tokens["k"]
-    if group.kind == "value_output":
-        return tokens["out"] * tokens["v"]
-    return 0
+def _modulation_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
+    """Of rank r, a linear of o outputs and i inputs holds r (o + i) numbers instead of o i."""
+    linear, path = layer_at(denoiser, group.layer), group.layer
+    assert isinstance(linear, nn.Linear)
+    outputs, inputs = linear.out_features, linear.in_features
+    per_rank, vectors = outputs + inputs, rows.get(path, 0)
+    fixed = 0 if linear.bias is None else outputs
+    dense = outputs * inputs if group.largest is not None else group.width * per_rank
+    return GroupCost(per_rank, fixed, per_rank * vectors, (group.width, dense, dense * vectors))
+
+
+def _scores(group: Group, rows: Mapping[str, int]) -> int:
+    """Queries * keys: MACs of the scores per inner channel of a query-key group."""
+    queries, keys = (
+        sum(rows.get(group.paths[role], 0) for role in group.streams(kind)) for kind in ("q", "k")
+    )
+    return queries * keys

@@ -19,7 +19,7 @@ from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import LAYERS, Group, layer_at
+from slimdiff.groups import LAYERS, Group, layer_at, weight_of
 from slimdiff.probing import Probed
 from slimdiff.recipes import Ordered, decompose_group
 from slimdiff.statistics import Statistics
@@ -140,7 +140,7 @@ def _gains(probes: Probed, group: Group, decomposition: Decomposition) -> dict[i
     floor = SMALLEST_SHARE * float(errors[0])
     gains: dict[int, float] = {}
     for share in PROBED_SHARES:
-        width = _multiple(group, int(share * group.width))
+        width = _multiple(group, int(share * (group.largest or group.width)))
         while width > group.step and float(errors[width]) <= floor:
             width = _multiple(group, width // 2)
         predicted = float(errors[width])
@@ -164,11 +164,19 @@ def effective_weights(
         "value_output": ("out", decompose.effective_output),
         "feed_forward": ("down", decompose.effective_down),
         "resnet": ("conv2", decompose.effective_convolution),
+        "modulation": ("linear", decompose.effective_modulation),
     }[group.kind]
-    layer = layer_at(denoiser, group.paths[role])
-    swapped = {f"{group.paths[role]}.weight": effective(layer.weight.detach(), maps)}
-    if role == "k" and layer.bias is not None:
-        swapped[f"{group.paths[role]}.bias"] = effective(layer.bias.detach(), maps)
+    swapped: dict[str, Tensor] = {}
+    for own in group.streams(role):
+        layer, path = layer_at(denoiser, group.paths[own]), group.paths[own]
+        dense = weight_of(denoiser, group, own)
+        weight = layer.weight.detach().clone()
+        weight[:, group.input_columns(own)] = effective(
+            dense.flatten(1) if role == "down" else dense, maps
+        ).view_as(dense)
+        swapped[f"{path}.weight"] = weight
+        if role == "k" and layer.bias is not None:
+            swapped[f"{path}.bias"] = effective(layer.bias.detach(), maps)
     return swapped
 
 

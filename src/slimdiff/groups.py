@@ -10,40 +10,83 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-Kind = Literal["query_key", "value_output", "feed_forward", "resnet"]
+Kind = Literal["query_key", "value_output", "feed_forward", "resnet", "modulation"]
 
 LAYERS: dict[str, str] = {
     "query_key": "attention",
     "value_output": "attention",
     "feed_forward": "feed_forward",
     "resnet": "resnet",
+    "modulation": "modulation",
 }
 """What a person calls the layer that a kind of group is part of."""
 
-INWARD = {"q", "k", "v", "up", "conv1", "time", "norm"}
-"""Roles whose layers put out the inner channels; those of the other roles take them in."""
+ADDED = "_added"
+"""Ends the roles of a joint attention layer's second stream: `q_added`, `out_added`, ..."""
+
+_INWARD = {"q", "k", "v", "up", "depth", "conv1", "time", "norm"}
+
+
+def stem(role: str) -> str:
+    """A role without its stream: `q` for `q` and `q_added`."""
+    return role.removesuffix(ADDED)
+
+
+def is_inward(role: str) -> bool:
+    """Whether layers of this role put out the inner channels; the others take them in."""
+    return stem(role) in _INWARD
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A linear of the block that takes the inner channels of two layers, side by side.
+
+    `part` 0 is the first of them (an attention layer), 1 the second (a feed-forward).
+    """
+
+    path: str
+    part: Literal[0, 1]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention layer of a block; the paths of its linears are relative to `path`."""
+    """An attention layer of a block; the paths of its linears are relative to `path`.
+
+    The second stream of joint attention is found by the names that diffusers gives its linears.
+    Queries and keys stay as they are where they are normalised, or where `fixed_queries` says that
+    something else forbids to mix their channels (rotary positions, another product than a softmax).
+    """
 
     path: str
     q: str = "to_q"
     k: str = "to_k"
     v: str = "to_v"
-    out: str = "to_out.0"
+    out: str | Shared = "to_out.0"
+    fixed_queries: bool = False
+
+
+SECOND_STREAM = {
+    "q": "add_q_proj",
+    "k": "add_k_proj",
+    "v": "add_v_proj",
+    "out": "to_add_out",
+}
+"""Role -> what diffusers calls the linear of a joint attention layer's second stream."""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward layer of a block; whether it is gated is read off the weights."""
+    """A feed-forward layer of a block; whether it is gated is read off the weights.
+
+    `depth` is a depthwise convolution between `up` and `down`, which are then 1 by 1 convolutions.
+    """
 
     path: str
     up: str = "net.0.proj"
-    down: str = "net.2"
+    down: str | Shared = "net.2"
+    depth: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,27 +100,64 @@ class ResNet:
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """A linear of a block that makes shifts, scales and gates of one vector per image and step.
+
+    `shared`: the vector is the same for all such layers of the denoiser, so it is recorded once.
+    """
+
+    path: str
+    shared: bool = True
+
+
+Spec = Attention | FeedForward | ResNet | Modulation
+
+
+@dataclass(frozen=True)
 class Block:
-    """The blocks whose module path matches `pattern` in full, and the layers inside each."""
+    """The blocks whose module path matches `pattern` in full, and the layers inside each.
+
+    `output` is the place of the hidden states in what a block returns, if that is a tuple.
+    """
 
     pattern: str
-    layers: tuple[Attention | FeedForward | ResNet, ...]
+    layers: tuple[Spec, ...]
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """An argument of the denoiser that is not a float tensor: the value itself."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The shape of an integer tensor argument."""
+
+    shape: tuple[int, ...]
 
 
 Shapes = dict[str, Any]
+"""Argument -> shape of a float tensor, `Integers`, `Given`, a list (a tuple) or a dict of such."""
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family: the denoiser class, named by string, its blocks and its inputs.
 
-    `inputs` maps the denoiser's config to the shapes of one forward's tensor arguments (batch 1);
-    a nested dict stands for a nested argument.
+    Attributes:
+        denoiser: class name in diffusers.
+        blocks: where its layers are.
+        inputs: maps the denoiser's config to the shapes of one forward's arguments (batch 1).
+        kept: what does not shrink -> why, for the reader.
     """
 
     denoiser: str
     blocks: tuple[Block, ...]
     inputs: Callable[[Mapping[str, Any]], Shapes]
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,14 +166,19 @@ class Group:
 
     Attributes:
         name: path of the layer, with `.qk` or `.vo` for the two halves of an attention layer.
-        kind: `query_key`, `value_output`, `feed_forward` or `resnet`.
-        layer: module path of the attention or feed-forward layer, or of the ResNet.
+        kind: `query_key`, `value_output`, `feed_forward`, `resnet` or `modulation`.
+        layer: module path of the attention or feed-forward layer, the ResNet or the modulation.
         block: module path of the transformer block, or of the ResNet.
         paths: role -> module path of the linear, convolution or norm.
         heads: attention heads (1 for the others).
-        width: dense width: channels per head, hidden units, or a ResNet's inner channels.
-        gated: `up` (feed-forward) or `time` (ResNet) has 2 * width rows.
+        width: dense width: channels per head, hidden units, a ResNet's inner channels, or the
+            rank of a modulation.
+        gated: `up` and `depth` (feed-forward) or `time` (ResNet) have 2 * width rows.
         step: widths are multiples of this: the channels of a norm group (ResNet only).
+        columns: role -> the input columns (start, stop) that are the group's, of a shared linear.
+        output: place of the hidden states in what the block returns.
+        source: what its statistics are named after, if not the layer: several groups share them.
+        largest: the largest width that saves anything, if not the one below the dense one.
     """
 
     name: str
@@ -105,6 +190,27 @@ class Group:
     width: int
     gated: bool = False
     step: int = 1
+    columns: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    output: int = 0
+    source: str = ""
+    largest: int | None = None
+
+    @property
+    def inner(self) -> int:
+        """Inner channels: heads * width."""
+        return self.heads * self.width
+
+    def rows(self, role: str, inner: int) -> int:
+        """Output rows of an inward layer at `inner` channels."""
+        return 2 * inner if self.gated and role in ("up", "depth", "time") else inner
+
+    def streams(self, role: str) -> list[str]:
+        """The roles of the group that are `role`, in either stream."""
+        return [own for own in (role, role + ADDED) if own in self.paths]
+
+    def input_columns(self, role: str) -> slice:
+        """Which input columns of a linear are the group's."""
+        return slice(*self.columns[role]) if role in self.columns else slice(None)
 
 
 Layer = nn.Linear | nn.Conv2d | nn.GroupNorm
@@ -115,3 +221,9 @@ def layer_at(denoiser: nn.Module, path: str) -> Layer:
     layer = denoiser.get_submodule(path)
     assert isinstance(layer, Layer), f"{path}: is a {type(layer).__name__}"
     return layer
+
+
+def weight_of(denoiser: nn.Module, group: Group, role: str) -> Tensor:
+    """The weight of a role's layer, of a shared linear the group's columns; detached."""
+    weight = layer_at(denoiser, group.paths[role]).weight.detach()
+    return weight[:, group.input_columns(role)] if role in group.columns else weight

@@ -171,8 +171,12 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
     wrong = None if config["_class_name"] == f"Slim{plan.denoiser}" else plan.denoiser
     for name, entry in plan.entries.items():
         if entry.kind == "feed_forward":
-            shapes = [s for p, s in slim["linears"].items() if p.startswith(f"{name}.")]
+            layers = slim["linears"] | slim.get("convolutions", {})
+            shapes = [s for p, s in layers.items() if f"{p}.".startswith(f"{name}.")]
             fits = any(entry.width in s for s in shapes) if shapes else entry.is_full
+        elif entry.kind == "modulation":
+            rank = slim.get("factored", {}).get(name)
+            fits = entry.is_full if rank is None else rank == entry.width
         elif entry.kind == "resnet":
             norms = [s for p, s in slim.get("norms", {}).items() if p.startswith(f"{name}.")]
             fits = any(entry.width in s for s in norms) if norms else entry.is_full

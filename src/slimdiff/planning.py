@@ -114,11 +114,14 @@ def smallest_count(
     """What the whole denoiser has at the smallest widths."""
     smallest = costs.total(metric)
     for bundle in bundles_of(groups, recipe, allocation):
-        spare = bundle.sizes[-1] - bundle.sizes[0]
-        smallest -= sum(
-            costs.groups[group.name].of(metric, bundle.inner(group, spare))
-            for group in bundle.groups
+        least, dense = (
+            sum(
+                costs.groups[group.name].of(metric, bundle.inner(group, size))
+                for group in bundle.groups
+            )
+            for size in (bundle.sizes[0], bundle.sizes[-1])
         )
+        smallest -= dense - least
     return smallest
 
 
@@ -197,7 +200,8 @@ def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry])
     figures: dict[str, Any] = {}
     for metric in ("params", "macs"):
         saved = sum(
-            costs.groups[group.name].of(metric, group.heads * group.width - _inner(entries, group))
+            costs.groups[group.name].of(metric, group.inner)
+            - costs.groups[group.name].of(metric, _inner(entries, group))
             for group in groups
         )
         dense = costs.total(metric)
@@ -207,4 +211,4 @@ def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry])
 
 def _inner(entries: Mapping[str, Entry], group: Group) -> int:
     entry = entries.get(group.name)
-    return group.heads * group.width if entry is None else entry.heads * entry.width
+    return group.inner if entry is None else entry.heads * entry.width

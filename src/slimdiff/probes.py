@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 HASHED_VALUES = 256
+PLACE = "#"
+"""Begins the name of an item of a list or tuple argument: `image_rotary_emb/#0`."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Probe:
 
     Attributes:
         key: hash of the content; the reservoir keeps the smallest.
-        tensors: argument path (`added_cond_kwargs/time_ids`) -> tensor with a batch of 1.
-        constants: argument path -> JSON value.
+        tensors: argument path (`added_cond_kwargs/time_ids`) -> tensor with a batch of 1, or
+            one that has no batch (positions).
+        constants: argument path -> JSON value; a list that has an item for each row has one.
     """
 
     key: str
@@ -45,13 +48,14 @@ class Probes:
     def offer(self, arguments: Mapping[str, Any]) -> None:
         """Consider every row of one denoiser call, given by its keyword arguments."""
         tensors, constants = flatten(arguments)
-        batch = max((t.shape[0] for t in tensors.values() if t.ndim > 1), default=0)
+        batch = next((t.shape[0] for t in tensors.values() if t.ndim > 1), 0)
         for row in range(batch):
             sliced = {path: _row(tensor, row, batch) for path, tensor in tensors.items()}
             key = self._key(sliced)
             if key not in self.rows and (len(self.rows) < self.capacity or key < max(self.rows)):
                 kept = {path: tensor.detach().cpu().clone() for path, tensor in sliced.items()}
-                self._keep([Probe(key, kept, constants)])
+                own = {path: _item(value, row, batch) for path, value in constants.items()}
+                self._keep([Probe(key, kept, own)])
 
     def merge(self, others: Iterable[Probes]) -> None:
         """Take in the rows of other reservoirs."""
@@ -102,9 +106,18 @@ def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, T
             inner, fixed = flatten(value, f"{path}/")
             tensors |= inner
             constants |= fixed
-        elif isinstance(value, bool | int | float | str) and path != "return_dict":
+        elif isinstance(value, list | tuple) and _holds_tensors(value):
+            parts = {f"{PLACE}{place}": part for place, part in enumerate(value)}
+            inner, fixed = flatten(parts, f"{path}/")
+            tensors |= inner
+            constants |= fixed
+        elif isinstance(value, bool | int | float | str | list | tuple) and name != "return_dict":
             constants[path] = value
     return tensors, constants
+
+
+def _holds_tensors(value: Sequence[Any]) -> bool:
+    return any(isinstance(part, Tensor) for part in value)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +129,21 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[name] = value
-    return nested
+    return {name: _listed(value) for name, value in nested.items()}
+
+
+def _listed(value: Any) -> Any:
+    """A tuple where all names are places, else as it is."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _listed(part) for name, part in value.items()}
+    if inner and all(name.startswith(PLACE) for name in inner):
+        return tuple(inner[f"{PLACE}{place}"] for place in range(len(inner)))
+    return inner
+
+
+def _item(value: Any, row: int, batch: int) -> Any:
+    return [value[row]] if isinstance(value, list) and len(value) == batch else value
 
 
 def _row(tensor: Tensor, row: int, batch: int) -> Tensor:
@@ -125,13 +152,28 @@ def _row(tensor: Tensor, row: int, batch: int) -> Tensor:
 
 def _signature(probe: Probe) -> str:
     shapes = {path: [str(t.dtype), *t.shape[1:]] for path, t in sorted(probe.tensors.items())}
-    return json.dumps([shapes, probe.constants], sort_keys=True)
+    shared = {path: _digest(t) for path, t in sorted(probe.tensors.items()) if not _has_batch(t)}
+    return json.dumps([shapes, shared, probe.constants], sort_keys=True)
+
+
+def _has_batch(tensor: Tensor) -> bool:
+    return tensor.shape[0] == 1
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.double().numpy().tobytes()).hexdigest()
 
 
 def _joined(probes: list[Probe], device: torch.device | str) -> dict[str, Any]:
     first = probes[0]
     tensors = {
-        path: torch.cat([probe.tensors[path] for probe in probes]).to(device)
-        for path in first.tensors
+        path: (
+            torch.cat([probe.tensors[path] for probe in probes]) if _has_batch(tensor) else tensor
+        ).to(device)
+        for path, tensor in first.tensors.items()
     }
-    return nest(tensors | first.constants) | {"return_dict": False}
+    constants = {
+        path: value * len(probes) if isinstance(value, list) and len(value) == 1 else value
+        for path, value in first.constants.items()
+    }
+    return nest(tensors | constants) | {"return_dict": False}

@@ -17,6 +17,13 @@ STAGE = re.compile(r"[^.]+(\.\d+)?")
 """Paths of the parts that a denoiser runs one after another, such as `down_blocks.0`."""
 
 
+def tensors_of(output: Any) -> list[Tensor]:
+    """What a denoiser puts out: one tensor, or those of all levels (a ControlNet's)."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for part in output for tensor in tensors_of(part)]
+
+
 class Probed:
     """A denoiser's outputs on its probes, to compare changed weights with.
 
@@ -34,7 +41,7 @@ class Probed:
         self.stages: list[str] = []
         self.kept: list[dict[str, Any]] = []
         self.dense = [self._dense_output(batch) for batch in batches]
-        self.energy = sum(float(y.double().square().sum()) for y in self.dense)
+        self.energy = sum(float(y.double().square().sum()) for ys in self.dense for y in ys)
 
     def error(self, weights: dict[str, Tensor]) -> float:
         """Relative squared error of the output with these parameters swapped in for one run.
@@ -42,17 +49,17 @@ class Probed:
         Without weights: of the denoiser as it stands now.
         """
         squared = sum(
-            float((self._output(i, weights).double() - dense.double()).square().sum())
-            for i, dense in enumerate(self.dense)
+            float((own.double() - dense.double()).square().sum())
+            for i, outputs in enumerate(self.dense)
+            for own, dense in zip(self._output(i, weights), outputs, strict=True)
         )
         return squared / self.energy if self.energy else 0.0
 
-    def _output(self, i: int, weights: dict[str, Tensor]) -> Tensor:
+    def _output(self, i: int, weights: dict[str, Tensor]) -> list[Tensor]:
         with torch.inference_mode(), self._skipping(i, self._unchanged(weights)):
-            output: Tensor = functional_call(self.denoiser, weights, (), self.batches[i])[0]
-            return output
+            return tensors_of(functional_call(self.denoiser, weights, (), self.batches[i]))
 
-    def _dense_output(self, batch: dict[str, Any]) -> Tensor:
+    def _dense_output(self, batch: dict[str, Any]) -> list[Tensor]:
         order: list[str] = []
         kept: dict[str, Any] = {}
 
@@ -70,13 +77,13 @@ class Probed:
         ]
         try:
             with torch.inference_mode():
-                output: Tensor = self.denoiser(**batch)[0]
+                outputs = tensors_of(self.denoiser(**batch))
         finally:
             for handle in handles:
                 handle.remove()
         self.stages = [path for path in order if order.count(path) == 1]
         self.kept.append(kept)
-        return output
+        return outputs
 
     def _unchanged(self, weights: dict[str, Tensor]) -> list[str]:
         """The stages that finish before any of the weights is used."""

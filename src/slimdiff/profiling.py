@@ -125,14 +125,19 @@ def _at_width(module: nn.Module, layer: str, groups: Sequence[Group], width: int
 
 
 def _relative(group: Group, layer: str) -> Group:
-    """The group as a part of its layer alone: paths begin there."""
-    paths = {role: path.removeprefix(f"{layer}.") for role, path in group.paths.items()}
-    return replace(group, layer="", block="", paths=paths)
+    """The group as a part of its layer alone: paths begin there, what is not in it is left out."""
+    paths = {
+        role: path[len(layer) + 1 :]
+        for role, path in group.paths.items()
+        if f"{path}.".startswith(f"{layer}.")
+    }
+    columns = {role: own for role, own in group.columns.items() if role in paths}
+    return replace(group, layer="", block="", paths=paths, columns=columns)
 
 
 def _widths(group: Group, multiple: int) -> list[int]:
     """At most `WIDTHS` of the allowed widths, evenly spread, with both ends."""
-    sizes = allocate.allowed_sizes(group.width, multiple, group.step)
+    sizes = allocate.allowed_sizes(group.width, multiple, group.step, group.largest)
     count = min(WIDTHS, len(sizes))
     return sorted({sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)})
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition, HeadSelection
-from slimdiff.groups import Group, layer_at
+from slimdiff.groups import Group, layer_at, weight_of
 from slimdiff.statistics import Statistics
 
 
@@ -72,7 +72,9 @@ def _value_output(
     refit = recipe.values == "refit"
     moment = statistics.mean(f"{group.layer}/{VALUE_MOMENTS[recipe.values]}")
     damping = _damping(statistics, f"{group.layer}/z", moment) if refit else decompose.DAMPING
-    weight = _weight(denoiser, group.paths["out"])
+    # Both streams of joint attention read the same values: one basis serves both outputs.
+    outputs = [weight_of(denoiser, group, role) for role in group.streams("out")]
+    weight = torch.cat(outputs).double()
     return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
 
 
@@ -91,7 +93,7 @@ def _feed_forward(
             damping=damping,
         )
     return decompose.feed_forward(
-        _weight(denoiser, group.paths["down"]),
+        weight_of(denoiser, group, "down").flatten(1).double(),
         moment,
         order=recipe.units,
         refit=recipe.refit,
@@ -115,6 +117,13 @@ def _resnet(
     )
 
 
+def _modulation(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
+) -> Decomposition | HeadSelection:
+    moment = statistics.mean(f"{group.source or group.layer}/x")
+    return decompose.modulation(weight_of(denoiser, group, "linear"), moment)
+
+
 def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> None:
     """Refuse statistics that lack what the recipe needs for this group.
 
@@ -123,6 +132,9 @@ def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> No
     """
     inner, per_head = group.heads * group.width, (group.heads, group.width, group.width)
     needed: dict[str, tuple[int, ...]]
+    if group.kind == "modulation":
+        # The moment is of the input, which no width of the group says.
+        return
     if group.kind == "resnet":
         needed = {"lags": (len(decompose.LAGS), inner, inner)}
     elif group.kind == "feed_forward":
@@ -143,6 +155,7 @@ DECOMPOSERS: dict[str, Callable[..., Decomposition | HeadSelection]] = {
     "value_output": _value_output,
     "feed_forward": _feed_forward,
     "resnet": _resnet,
+    "modulation": _modulation,
 }
 
 
@@ -154,6 +167,8 @@ def importances(group: Group, statistics: Statistics) -> Tensor:
     if group.kind == "resnet":
         energy_c = statistics.mean(f"{group.layer}/lags")[0].diagonal()
         magnitude = energy_c.view(-1, group.step).mean(1).sqrt()
+    elif group.kind == "modulation":
+        magnitude = statistics.mean(f"{group.source or group.layer}/x_magnitude")
     elif group.kind == "feed_forward":
         magnitude = statistics.mean(f"{group.layer}/h_magnitude")
     else:
@@ -175,7 +190,3 @@ def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
     if statistics.sums[name].dtype == torch.float64:
         return decompose.DAMPING
     return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)
-
-
-def _weight(denoiser: nn.Module, path: str) -> Tensor:
-    return layer_at(denoiser, path).weight.detach().double()

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimdiff.families import groups_of
-from slimdiff.groups import Group
+from slimdiff.groups import SECOND_STREAM, Group
 from slimdiff.probes import Probes
 from slimdiff.recorder import Recorder
 from slimdiff.statistics import Statistics
@@ -71,16 +71,22 @@ def recording(
         denoiser.register_forward_hook(lambda *_: recorder.end_call()),
     ]
     try:
-        for group in groups:
+        for group in _sources(groups):
             handles.extend(HOOKS[group.kind](recorder, denoiser, group))
-        for block in dict.fromkeys(group.block for group in groups):
-            handles.append(_hook_block(recorder, denoiser, block))
+        for block, output in {group.block: group.output for group in groups}.items():
+            handles.append(_hook_block(recorder, denoiser, block, output))
         with torch.inference_mode():
             yield recorder
             recorder.flush()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sources(groups: Sequence[Group]) -> list[Group]:
+    """The groups without those whose statistics another one's are."""
+    first = {(group.kind, group.source or group.name): group for group in reversed(groups)}
+    return [group for group in groups if first[group.kind, group.source or group.name] is group]
 
 
 def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
@@ -93,36 +99,63 @@ def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
 
 
 def _hook_query_key(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
-    q, k = (denoiser.get_submodule(group.paths[role]) for role in ("q", "k"))
+    def add_queries(q_bti: Tensor) -> None:
+        recorder.heads_moment(f"{group.layer}/q", q_bti, group.heads)
+
+    def add_keys(k_bti: Tensor) -> None:
+        recorder.keys(f"{group.layer}/k", k_bti, group.heads)
+
+    queries, keys = ([group.paths[role] for role in group.streams(kind)] for kind in ("q", "k"))
+    if getattr(denoiser.get_submodule(group.layer), SECOND_STREAM["out"], None) is None:
+        queries = queries[:1]  # what the second stream asks is thrown away
     return [
-        q.register_forward_hook(
-            lambda _m, _i, out: recorder.heads_moment(f"{group.layer}/q", out, group.heads)
-        ),
-        k.register_forward_hook(
-            lambda _m, _i, out: recorder.keys(f"{group.layer}/k", out, group.heads)
-        ),
+        *_on_outputs(denoiser, queries, add_queries),
+        *_on_outputs(denoiser, keys, add_keys),
     ]
 
 
 def _hook_value_output(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
-    v, out = (denoiser.get_submodule(group.paths[role]) for role in ("v", "out"))
+    def add_values(v_bti: Tensor) -> None:
+        recorder.heads_moment(f"{group.layer}/v", v_bti, group.heads)
+
+    values = [group.paths[role] for role in group.streams("v")]
     return [
-        v.register_forward_hook(
-            lambda _m, _i, out: recorder.heads_moment(f"{group.layer}/v", out, group.heads)
-        ),
-        out.register_forward_pre_hook(
-            lambda _m, args: recorder.moment(f"{group.layer}/z", args[0])
-        ),
+        *_on_outputs(denoiser, values, add_values),
+        *(_on_input(recorder, denoiser, group, role, "z") for role in group.streams("out")),
     ]
 
 
 def _hook_feed_forward(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
-    down = denoiser.get_submodule(group.paths["down"])
-    return [
-        down.register_forward_pre_hook(
-            lambda _m, args: recorder.moment(f"{group.layer}/h", args[0])
-        )
-    ]
+    return [_on_input(recorder, denoiser, group, "down", "h")]
+
+
+def _on_input(recorder: Recorder, denoiser: nn.Module, group: Group, role: str, what: str) -> Any:
+    """Add the moment of what goes into a role's layer: the group's columns of it."""
+    columns = group.input_columns(role)
+
+    def hook(_module: nn.Module, args: tuple) -> None:
+        x_bti = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
+        recorder.moment(f"{group.layer}/{what}", x_bti[..., columns])
+
+    return denoiser.get_submodule(group.paths[role]).register_forward_pre_hook(hook)
+
+
+def _on_outputs(
+    denoiser: nn.Module, paths: Sequence[str], add: Callable[[Tensor], None]
+) -> list[Any]:
+    """Hand on the tokens that the linears at `paths` put out in one call, joined.
+
+    The streams of joint attention are one sequence to its softmax.
+    """
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple, out_bti: Tensor) -> None:
+        seen.append(out_bti)
+        if len(seen) == len(paths):
+            add(torch.cat(seen, 1) if len(seen) > 1 else out_bti)
+            seen.clear()
+
+    return [denoiser.get_submodule(path).register_forward_hook(hook) for path in paths]
 
 
 def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
@@ -134,18 +167,27 @@ def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[
     ]
 
 
+def _hook_modulation(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
+    def hook(_module: nn.Module, args: tuple) -> None:
+        x = args[0]  # one vector per image, or one per token
+        recorder.moment(f"{group.source or group.layer}/x", x if x.ndim == 3 else x.unsqueeze(1))
+
+    return [denoiser.get_submodule(group.layer).register_forward_pre_hook(hook)]
+
+
 HOOKS: dict[str, Callable[[Recorder, nn.Module, Group], list[Any]]] = {
     "query_key": _hook_query_key,
     "value_output": _hook_value_output,
     "feed_forward": _hook_feed_forward,
     "resnet": _hook_resnet,
+    "modulation": _hook_modulation,
 }
 
 
-def _hook_block(recorder: Recorder, denoiser: nn.Module, path: str) -> Any:
+def _hook_block(recorder: Recorder, denoiser: nn.Module, path: str, place: int) -> Any:
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        y = output[0] if isinstance(output, tuple) else output
+        y = output[place] if isinstance(output, tuple) else output
         recorder.influence(f"{path}/influence", x, y)
 
     return denoiser.get_submodule(path).register_forward_hook(hook, with_kwargs=True)

@@ -67,7 +67,7 @@ class Recorder:
 
         A block that changes the number of channels counts as turning all of it: 1.
         """
-        if x_bti.ndim == 4:
+        if x_bti.ndim == 4 and y_bti.ndim == 4:
             x_bti, y_bti = x_bti.flatten(2).mT, y_bti.flatten(2).mT
         if x_bti.shape != y_bti.shape:
             self._add(name, y_bti.new_full((1,), y_bti[..., 0].numel()), y_bti[..., 0].numel())

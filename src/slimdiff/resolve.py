@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from torch import nn
 
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import Attention, Block, Family, FeedForward, Group, ResNet
+from slimdiff.groups import (
+    ADDED,
+    SECOND_STREAM,
+    Attention,
+    Block,
+    Family,
+    FeedForward,
+    Group,
+    Modulation,
+    ResNet,
+    Shared,
+)
 
 FUSED_HINT = "call pipe.unfuse_qkv_projections() first"
 ADAPTER_HINT = (
@@ -41,53 +52,136 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
     for layer in spec.layers:
         if isinstance(layer, ResNet):
             yield _resnet_group(path, block, layer)
+        elif isinstance(layer, Modulation):
+            yield _modulation_group(path, block, layer, spec.output)
+        elif getattr(block, layer.path, None) is None:
             continue
-        module = getattr(block, layer.path, None)
-        if module is None:
-            continue
-        layer_path = f"{path}.{layer.path}"
-        if isinstance(layer, Attention):
-            yield from _attention_groups(layer_path, path, module, layer)
+        elif isinstance(layer, Attention):
+            yield from _attention_groups(path, block, layer, spec.output)
         else:
-            yield _feed_forward_group(layer_path, path, module, layer)
+            yield _feed_forward_group(path, block, layer, spec.output)
 
 
 def _attention_groups(
-    path: str, block: str, module: nn.Module, spec: Attention
-) -> tuple[Group, Group]:
+    block_path: str, block: nn.Module, spec: Attention, output: int
+) -> Iterator[Group]:
+    path, module = f"{block_path}.{spec.path}", block.get_submodule(spec.path)
     if getattr(module, "fused_projections", False):
         raise SlimdiffError(f"{path}: q, k and v are fused into one linear; {FUSED_HINT}")
-    roles = {"q": spec.q, "k": spec.k, "v": spec.v, "out": spec.out}
-    linears = {role: _linear(module, name, path) for role, name in roles.items()}
+    paths, columns = _attention_paths(block_path, block, spec)
+    linears = {
+        role: _linear(block, own.removeprefix(f"{block_path}."), block_path)
+        for role, own in paths.items()
+    }
+    inner = linears["v"].out_features
+    if "out" in columns:
+        columns["out"] = (0, inner)
+    elif linears["out"].in_features != inner:
+        raise SlimdiffError(
+            f"{paths['v']}: has {inner} outputs, but {paths['out']} takes "
+            f"{linears['out'].in_features}; grouped-query attention is not supported"
+        )
     heads = int(getattr(module, "heads", 0))
     query_width = _head_width(path, linears["q"].out_features, heads)
-    value_width = _head_width(path, linears["out"].in_features, heads)
-    for role, features in (("k", query_width * heads), ("v", value_width * heads)):
-        if linears[role].out_features != features:
+    value_width = _head_width(path, inner, heads)
+    for role, linear in linears.items():
+        expected = (query_width if role[0] in "qk" else value_width) * heads
+        if not role.startswith("out") and linear.out_features != expected:
             raise SlimdiffError(
-                f"{path}.{roles[role]}: has {linears[role].out_features} outputs, expected "
-                f"{features} as its counterpart; grouped-query attention is not supported"
+                f"{paths[role]}: has {linear.out_features} outputs, expected {expected} as its "
+                f"counterpart; grouped-query attention is not supported"
             )
-    paths = {role: f"{path}.{name}" for role, name in roles.items()}
-    qk = {role: paths[role] for role in ("q", "k")}
-    vo = {role: paths[role] for role in ("v", "out")}
-    return (
-        Group(f"{path}.qk", "query_key", path, block, qk, heads, query_width),
-        Group(f"{path}.vo", "value_output", path, block, vo, heads, value_width),
+    qk = {role: own for role, own in paths.items() if role[0] in "qk"}
+    vo = {role: own for role, own in paths.items() if role[0] in "vo"}
+    if not (spec.fixed_queries or _normalised(module)):
+        yield Group(
+            f"{path}.qk", "query_key", path, block_path, qk, heads, query_width, output=output
+        )
+    yield Group(
+        f"{path}.vo",
+        "value_output",
+        path,
+        block_path,
+        vo,
+        heads,
+        value_width,
+        columns=columns,
+        output=output,
     )
 
 
-def _feed_forward_group(path: str, block: str, module: nn.Module, spec: FeedForward) -> Group:
-    up, down = _linear(module, spec.up, path), _linear(module, spec.down, path)
-    units = down.in_features
-    if up.out_features not in (units, 2 * units):
+def _attention_paths(
+    block_path: str, block: nn.Module, spec: Attention
+) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Role -> path of every linear, and which of them are shared (their columns are not known)."""
+    path, module = f"{block_path}.{spec.path}", block.get_submodule(spec.path)
+    paths = {role: f"{path}.{getattr(spec, role)}" for role in ("q", "k", "v")}
+    columns: dict[str, tuple[int, int]] = {}
+    if isinstance(spec.out, Shared):
+        paths["out"], columns["out"] = f"{block_path}.{spec.out.path}", (0, 0)
+    else:
+        paths["out"] = f"{path}.{spec.out}"
+    for role, name in SECOND_STREAM.items():
+        if getattr(module, name, None) is not None:
+            paths[role + ADDED] = f"{path}.{name}"
+    return paths, columns
+
+
+def _normalised(attention: nn.Module) -> bool:
+    return any(getattr(attention, name, None) is not None for name in ("norm_q", "norm_k"))
+
+
+def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, output: int) -> Group:
+    layer = f"{block_path}.{spec.path}"
+    shared = isinstance(spec.down, Shared)
+    down_name = spec.down.path if isinstance(spec.down, Shared) else f"{spec.path}.{spec.down}"
+    names = {"up": f"{spec.path}.{spec.up}".rstrip("."), "down": down_name}
+    kind: type[nn.Linear] | type[nn.Conv2d] = nn.Linear
+    if spec.depth:
+        names["depth"], kind = f"{spec.path}.{spec.depth}", nn.Conv2d
+    layers = {role: _weighted(block, name, block_path, kind) for role, name in names.items()}
+    rows, units = layers["up"].weight.shape[0], layers["down"].weight.shape[1]
+    columns = {}
+    if shared:
+        columns, units = {"down": (units - rows, units)}, rows
+    if rows not in (units, 2 * units) or "depth" in layers and len(layers["depth"].weight) != rows:
         raise SlimdiffError(
-            f"{path}.{spec.up}: has {up.out_features} outputs, expected {units} or, gated, "
-            f"{2 * units}, because {spec.down} has {units} inputs"
+            f"{block_path}.{names['up']}: has {rows} outputs, expected {units} or, gated, "
+            f"{2 * units}, because {names['down']} has {units} inputs"
         )
-    paths = {"up": f"{path}.{spec.up}", "down": f"{path}.{spec.down}"}
-    gated = up.out_features == 2 * units
-    return Group(path, "feed_forward", path, block, paths, 1, units, gated)
+    return Group(
+        layer,
+        "feed_forward",
+        layer,
+        block_path,
+        {role: f"{block_path}.{name}" for role, name in names.items()},
+        1,
+        units,
+        rows == 2 * units,
+        columns=columns,
+        output=output,
+    )
+
+
+def _modulation_group(block_path: str, block: nn.Module, spec: Modulation, output: int) -> Group:
+    path, linear = f"{block_path}.{spec.path}", _linear(block, spec.path, block_path)
+    rows, columns = linear.out_features, linear.in_features
+    factored = getattr(linear, "projection", None)
+    width = min(rows, columns) if factored is None else len(factored)
+    # The factors hold r (rows + columns) numbers instead of rows * columns.
+    largest = (rows * columns - 1) // (rows + columns) if factored is None else None
+    return Group(
+        path,
+        "modulation",
+        path,
+        block_path,
+        {"linear": path},
+        1,
+        width,
+        output=output,
+        source="modulation" if spec.shared else "",
+        largest=largest,
+    )
 
 
 def _resnet_group(path: str, module: nn.Module, spec: ResNet) -> Group:
@@ -110,12 +204,8 @@ def _resnet_group(path: str, module: nn.Module, spec: ResNet) -> Group:
 
 
 def _convolution(module: nn.Module, name: str, path: str) -> nn.Conv2d:
-    conv = getattr(module, name, None)
-    if not isinstance(conv, nn.Conv2d) or not conv.weight.is_floating_point():
-        raise SlimdiffError(
-            f"{path}.{name}: is a {type(conv).__name__}, expected a torch.nn.Conv2d with "
-            f"floating-point weights; {ADAPTER_HINT}"
-        )
+    conv = _weighted(module, name, path, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
         raise SlimdiffError(f"{path}.{name}: is {conv}, expected 3 by 3, stride 1, padding 1")
@@ -123,16 +213,25 @@ def _convolution(module: nn.Module, name: str, path: str) -> nn.Conv2d:
 
 
 def _linear(module: nn.Module, name: str, path: str) -> nn.Linear:
+    linear = _weighted(module, name, path, nn.Linear)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _weighted(
+    module: nn.Module, name: str, path: str, kind: type[nn.Linear] | type[nn.Conv2d]
+) -> nn.Linear | nn.Conv2d:
+    """The linear or convolution at `name` inside the module at `path`."""
     try:
-        linear = module.get_submodule(name)
+        layer = module.get_submodule(name)
     except AttributeError as error:
         raise SlimdiffError(f"{path}: has no {name}; {FUSED_HINT}") from error
-    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+    if not isinstance(layer, kind) or not layer.weight.is_floating_point():
         raise SlimdiffError(
-            f"{path}.{name}: is a {type(linear).__name__}, expected a torch.nn.Linear with "
+            f"{path}.{name}: is a {type(layer).__name__}, expected a torch.nn.{kind.__name__} with "
             f"floating-point weights; {ADAPTER_HINT}"
         )
-    return linear
+    return layer
 
 
 def _head_width(path: str, features: int, heads: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.groups import LAYERS, Group, layer_at
+from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
 from slimdiff.shapes import slim_config
@@ -52,22 +52,46 @@ def rewrite(
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
-    maps: dict[str, Tensor] = {}
-    changed = plan.changed(groups)
-    recipe = recipe_named(plan.recipe)
-    for group in changed:
-        check_statistics(group, statistics, recipe)
-    for done, group in enumerate(changed, start=1):
-        curve = (curves or {}).get(group.name)
-        own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
-        _put(denoiser, _slim_weights(denoiser, group, plan.entries[group.name], own))
-        own.pop("weight", None)  # a ResNet's new kernel is no map: it is the weight itself
-        maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
-        if progress is not None:
-            progress("rewrite", done, len(changed))
+    for group in plan.changed(groups):
+        check_statistics(group, statistics, recipe_named(plan.recipe))
+    maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
+
+
+def slim_groups_(
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    statistics: Statistics,
+    plan: Plan,
+    *,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Put the smaller weights of `groups` into `denoiser`, and return the maps; no other change.
+
+    Maps are keyed `<group name>/<map name>`, on the CPU.
+    """
+    maps: dict[str, Tensor] = {}
+    changed = sorted(plan.changed(groups), key=_first_column, reverse=True)
+    for done, group in enumerate(changed, start=1):
+        curve = (curves or {}).get(group.name)
+        own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
+        slim = slim_weights(denoiser, group, plan.entries[group.name], own)
+        put_(denoiser, group, slim)
+        for name in ("weight", "projection"):  # new weights themselves, no maps
+            own.pop(name, None)
+        maps |= {f"{group.name}/{name}": value.cpu() for name, value in own.items()}
+        if progress is not None:
+            progress("rewrite", done, len(changed))
+    return maps
+
+
+def _first_column(group: Group) -> int:
+    """Where a group's part of a shared linear begins: the last part shrinks first, so that those
+    before it stay where they are."""
+    return max((start for start, _ in group.columns.values()), default=0)
 
 
 def refuse_slim(denoiser: nn.Module) -> None:
@@ -94,10 +118,13 @@ def _maps(
     return decomposition.maps(size)
 
 
-def _slim_weights(
+def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
-    linears = {role: _parameters(denoiser, path) for role, path in group.paths.items()}
+    """What a group's layers become under `maps`: weight and bias by role, in float64."""
+    linears = {role: _parameters(denoiser, group, role) for role in group.paths}
+    if group.kind == "modulation":
+        return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
     if group.kind == "resnet":
         slim = _resnet(linears, group, maps)
     elif "heads" in maps:
@@ -105,17 +132,18 @@ def _slim_weights(
     elif group.kind == "feed_forward":
         slim = _feed_forward(linears, group, maps)
     else:
-        slim = {role: _mapped(role, *linears[role], maps[role]) for role in linears}
+        slim = {role: _mapped(role, *linears[role], maps[stem(role)]) for role in linears}
     if group.kind == "query_key" and entry.width != group.width:
-        slim["q"] = _rescaled(denoiser, group, entry, *slim["q"])
-    return {group.paths[role]: weights for role, weights in slim.items()}
+        for role in group.streams("q"):
+            slim[role] = _rescaled(denoiser, group, entry, *slim[role])
+    return slim
 
 
 def _mapped(
     role: str, weight_oi: Tensor, bias_o: Tensor | None, map_: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """W' = T^T W head by head for q, k and v; W' = W T for out, whose bias stays."""
-    if role == "out":
+    if stem(role) == "out":
         return weight_oi @ map_, bias_o
     heads = map_.shape[0]
     weight_hei = weight_oi.unflatten(0, (heads, -1))
@@ -137,7 +165,7 @@ def _rescaled(
 def _kept_heads(
     role: str, weight_oi: Tensor, bias_o: Tensor | None, heads: Tensor, group: Group
 ) -> tuple[Tensor, Tensor | None]:
-    if role == "out":
+    if stem(role) == "out":
         return weight_oi.unflatten(1, (group.heads, -1))[:, heads].flatten(1), bias_o
     kept = weight_oi.unflatten(0, (group.heads, -1))[heads].flatten(0, 1)
     return kept, None if bias_o is None else bias_o.unflatten(0, (group.heads, -1))[heads].flatten()
@@ -146,49 +174,75 @@ def _kept_heads(
 def _feed_forward(linears: Weights, group: Group, maps: Mapping[str, Tensor]) -> Weights:
     """Kept rows of `up` (values and gates alike); W_down' = W_S + W_R coupling."""
     units, coupling = maps["units"], maps["coupling"]
-    up, up_bias = linears["up"]
-    down, down_bias = linears["down"]
-    rows = torch.cat([units, units + group.width]) if group.gated else units
+    weight, down_bias = linears["down"]
+    down = weight.flatten(1)
     removed = torch.ones(group.width, dtype=torch.bool, device=units.device)
     removed[units] = False
-    return {
-        "up": (up[rows], None if up_bias is None else up_bias[rows]),
-        "down": (down[:, units] + down[:, removed] @ coupling, down_bias),
-    }
+    refit = down[:, units] + down[:, removed] @ coupling
+    slim = {role: _rows(*linears[role], group, role, units) for role in linears if role != "down"}
+    return slim | {"down": (refit.view(*refit.shape, *weight.shape[2:]), down_bias)}
+
+
+def _rows(
+    weight: Tensor, bias: Tensor | None, group: Group, role: str, kept: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of an inward layer that belong to the units or channels that stay."""
+    twice = group.rows(role, 1) == 2
+    rows = torch.cat([kept, kept + group.width]) if twice else kept
+    return weight[rows], None if bias is None else bias[rows]
 
 
 def _resnet(layers: Weights, group: Group, maps: Mapping[str, Tensor]) -> Weights:
     """Kept channels of all that makes the inner map, and the second convolution's new kernel."""
-    channels = maps["channels"]
-    slim: Weights = {"conv2": (maps["weight"], layers["conv2"][1])}
-    for role in (role for role in layers if role != "conv2"):
-        weight, bias = layers[role]
-        twice = role == "time" and group.gated
-        rows = torch.cat([channels, channels + group.width]) if twice else channels
-        slim[role] = weight[rows], None if bias is None else bias[rows]
-    return slim
+    kept = {
+        role: _rows(*layers[role], group, role, maps["channels"])
+        for role in layers
+        if role != "conv2"
+    }
+    return kept | {"conv2": (maps["weight"], layers["conv2"][1])}
 
 
-def _parameters(denoiser: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    layer = layer_at(denoiser, path)
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    return layer.weight.detach().double(), bias
+def _parameters(denoiser: nn.Module, group: Group, role: str) -> tuple[Tensor, Tensor | None]:
+    bias = layer_at(denoiser, group.paths[role]).bias
+    weight = weight_of(denoiser, group, role).double()
+    return weight, None if bias is None else bias.detach().double()
 
 
-def _put(denoiser: nn.Module, weights: Weights) -> None:
-    for path, (weight, bias) in weights.items():
-        layer = layer_at(denoiser, path)
-        dense = layer.weight
-        if isinstance(layer, nn.GroupNorm):
-            layer.num_groups = layer.num_groups * len(weight) // layer.num_channels
-            layer.num_channels = len(weight)
-        elif isinstance(layer, nn.Conv2d):
-            layer.out_channels, layer.in_channels = weight.shape[:2]
-        else:
-            layer.out_features, layer.in_features = weight.shape
-        layer.weight = _parameter(weight, dense)
-        if bias is not None:
-            layer.bias = _parameter(bias, dense)
+def _factor(linear: Layer, weight: Tensor, projection: Tensor) -> None:
+    """Split a linear into two; its bias stays."""
+    dense = linear.weight
+    linear.weight = _parameter(weight, dense)
+    linear.register_parameter("projection", _parameter(projection, dense))
+
+
+def put_(denoiser: nn.Module, group: Group, weights: Weights) -> None:
+    """Put the weights of `slim_weights` into the denoiser, in its own dtype."""
+    if group.kind == "modulation":
+        _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in weights.values()))
+        return
+    for role, own in weights.items():
+        _put(denoiser, group, role, *own)
+
+
+def _put(denoiser: nn.Module, group: Group, role: str, weight: Tensor, bias: Tensor | None) -> None:
+    layer = layer_at(denoiser, group.paths[role])
+    dense = layer.weight
+    if role in group.columns:
+        start, stop = group.columns[role]
+        before, after = dense.detach()[:, :start], dense.detach()[:, stop:]
+        weight = torch.cat([before, weight.to(dense.dtype), after], 1)
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_groups = layer.num_groups * len(weight) // layer.num_channels
+        layer.num_channels = len(weight)
+    elif isinstance(layer, nn.Conv2d):
+        layer.out_channels = len(weight)
+        layer.groups = len(weight) if role == "depth" else 1
+        layer.in_channels = weight.shape[1] * layer.groups
+    else:
+        layer.out_features, layer.in_features = weight.shape
+    layer.weight = _parameter(weight, dense)
+    if bias is not None:
+        layer.bias = _parameter(bias, dense)
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.groups import INWARD, LAYERS, Group, layer_at
+from slimdiff.groups import LAYERS, Group, is_inward, layer_at
 from slimdiff.plan import Entry
 
 
@@ -23,21 +23,41 @@ def slim_config(
     """
     changed = [g for g in groups if g.name in entries and not entries[g.name].is_full]
     config: dict[str, Any] = {"linears": {}, "convolutions": {}, "norms": {}, "attentions": {}}
-    for group in changed:
-        inner = entries[group.name].heads * entries[group.name].width
+    inner = {group.name: _inner(group, entries) for group in groups}
+    shared = _shared_inputs(groups, inner)
+    config["factored"] = {g.layer: inner[g.name] for g in changed if g.kind == "modulation"}
+    for group in (group for group in changed if group.kind != "modulation"):
         for role, path in group.paths.items():
             layer = layer_at(denoiser, path)
             if isinstance(layer, nn.GroupNorm):
-                config["norms"][path] = [inner // group.step, inner]
+                config["norms"][path] = [inner[group.name] // group.step, inner[group.name]]
                 continue
             kind = "convolutions" if isinstance(layer, nn.Conv2d) else "linears"
             outputs, inputs = layer.weight.shape[:2]
-            rows = 2 * inner if group.gated and role in ("up", "time") else inner
-            config[kind][path] = [inputs, rows] if role in INWARD else [inner, outputs]
+            if is_inward(role):
+                config[kind][path] = [inputs, group.rows(role, inner[group.name])]
+            else:
+                config[kind][path] = [shared.get(path, inner[group.name]), outputs]
     touched = {group.layer for group in changed if LAYERS[group.kind] == "attention"}
     for group in (group for group in groups if group.layer in touched):
         entry = entries.get(group.name)
         width, heads = (group.width, group.heads) if entry is None else (entry.width, entry.heads)
         half = "qk" if group.kind == "query_key" else "vo"
-        config["attentions"].setdefault(group.layer, {}).update({"heads": heads, half: width})
+        sizes = config["attentions"].setdefault(group.layer, {"heads": heads, "qk": group.width})
+        sizes.update({"heads": heads, half: width})
     return {"version": 1, **config}
+
+
+def _inner(group: Group, entries: Mapping[str, Entry]) -> int:
+    entry = entries.get(group.name)
+    return group.inner if entry is None else entry.heads * entry.width
+
+
+def _shared_inputs(groups: Sequence[Group], inner: Mapping[str, int]) -> dict[str, int]:
+    """Inputs of the linears that several groups share: the inner channels of all of them."""
+    inputs: dict[str, int] = {}
+    for group in groups:
+        for role in group.columns:
+            path = group.paths[role]
+            inputs[path] = inputs.get(path, 0) + inner[group.name]
+    return inputs

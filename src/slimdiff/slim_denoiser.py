@@ -7,16 +7,18 @@ that config.json holds under "slimdiff":
 
     {"version": 1,
      "linears": {"<path of a linear>": [in_features, out_features]},
-     "convolutions": {"<path of a convolution>": [in_channels, out_channels]},
+     "convolutions": {"<path of a convolution>": [in_channels per group, out_channels]},
      "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
+     "factored": {"<path of a linear>": rank},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
 
-qk and vo are channels per head of queries and keys, and of values. `convolutions` and `norms` may
-be left out.
+qk and vo are channels per head of queries and keys, and of values. `convolutions`, `norms` and
+`factored` may be left out.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -89,6 +91,8 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
         _resize_convolution(_layer(model, path, nn.Conv2d), inputs, outputs)
     for path, (groups, channels) in slim.get("norms", {}).items():
         _resize_norm(_layer(model, path, nn.GroupNorm), groups, channels)
+    for path, rank in slim.get("factored", {}).items():
+        _factor(_layer(model, path, nn.Linear), rank)
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
     return model
@@ -148,10 +152,33 @@ def _resize(linear: nn.Linear, inputs: int, outputs: int) -> None:
     linear.reset_parameters()
 
 
+class FactoredLinear(nn.Linear):
+    """A linear of low rank: weight (out_features, rank) times projection (rank, in_features)."""
+
+    projection: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project (..., in_features) to the rank, and from there to (..., out_features)."""
+        return F.linear(F.linear(input, self.projection), self.weight, self.bias)
+
+
+def _factor(linear: Any, rank: int) -> None:
+    outputs, inputs = linear.out_features, linear.in_features
+    linear.__class__ = FactoredLinear
+    if linear.weight.shape == (outputs, rank) and hasattr(linear, "projection"):
+        return
+    dense = linear.weight
+    linear.weight = _empty_like(dense, (outputs, rank))
+    linear.register_parameter("projection", _empty_like(dense, (rank, inputs)))
+    linear.reset_parameters()
+    nn.init.normal_(linear.projection, std=inputs**-0.5)
+
+
 def _resize_convolution(conv: nn.Conv2d, inputs: int, outputs: int) -> None:
     if conv.weight.shape[:2] == (outputs, inputs):
         return
-    conv.in_channels, conv.out_channels = inputs, outputs
+    conv.groups = 1 if conv.groups == 1 else outputs  # the others are depthwise
+    conv.in_channels, conv.out_channels = inputs * conv.groups, outputs
     conv.weight = _empty_like(conv.weight, (outputs, inputs, *conv.kernel_size))
     if conv.bias is not None:
         conv.bias = _empty_like(conv.bias, (outputs,))
@@ -173,7 +200,7 @@ def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
 
 def _set_widths(path: str, attn: Any, heads: int, qk: int, vo: int) -> None:
     for name, width in (("to_q", qk), ("to_k", qk), ("to_v", vo)):
-        found = getattr(attn, name).out_features
+        found = getattr(attn, name).out_features if hasattr(attn, name) else heads * width
         if found != heads * width:
             raise SlimConfigError(
                 f"{path}.{name}: has {found} outputs, expected {heads} heads of {width}; the slim "
@@ -190,22 +217,27 @@ def _set_widths(path: str, attn: Any, heads: int, qk: int, vo: int) -> None:
         if hasattr(attn, name):
             setattr(attn, name, value)
     if qk != vo:
-        _untie(path, attn)
+        _untie(path, attn, qk, vo)
 
 
-def _untie(path: str, attn: Any) -> None:
+def _untie(path: str, attn: Any, qk: int, vo: int) -> None:
     processor = type(attn.processor).__name__
-    if type(attn) not in (Attention, UntiedAttention) or processor not in (
-        *STOCK_PROCESSORS,
-        SlimAttnProcessor.__name__,
-    ):
+    if type(attn) is Attention and processor in (*STOCK_PROCESSORS, SlimAttnProcessor.__name__):
+        attn.__class__ = UntiedAttention
+        attn.set_processor(SlimAttnProcessor())
+        return
+    if type(attn) is UntiedAttention:
+        return
+    if getattr(attn, "fused_projections", False) or not hasattr(attn, "set_processor"):
         raise SlimConfigError(
             f"{path}: {type(attn).__name__} with {processor} cannot have values of another width "
             f"than its queries and keys; keep the widths tied, or reset the processor with "
             f"set_default_attn_processor()"
         )
-    attn.__class__ = UntiedAttention
-    attn.set_processor(SlimAttnProcessor())
+    attn.qk_width, attn.vo_width = qk, vo
+    if not isinstance(attn, PaddedAttention):
+        attn.__class__ = _padded_class(type(attn))
+        attn.set_processor(attn.processor)
 
 
 class UntiedAttention(Attention):
@@ -229,6 +261,111 @@ class UntiedAttention(Attention):
                 f"{name} needs equal query-key and value widths, but this attention layer was "
                 f"slimmed untied; compress with tied widths to use it"
             )
+
+
+class PaddedAttention:
+    """Attention whose processor is led to believe that all widths are equal.
+
+    Processors of transformers (joint attention, rotary positions, normalised queries) take one
+    width for granted. They see this layer through `_Padded`: projections are padded with zero
+    channels, which change no product, and what goes to the output loses them again.
+    """
+
+    qk_width: int
+    vo_width: int
+
+    def set_processor(self: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
+        """Set a processor, which will see padded projections."""
+        super().set_processor(_padding(processor), *args, **kwargs)  # type: ignore[misc]  # a mixin
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; a layer without an output projection returns narrow values."""
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
+        return output if hasattr(self, "to_out") else _Padded(self).narrow(output)
+
+    def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a fused projection would be cut into three equal parts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "this attention layer has values of another width than its queries and keys, so its "
+            "projections cannot be fused; leave fuse_qkv_projections() out"
+        )
+
+
+class _Padded:
+    """An attention layer as its processor sees it: all widths equal."""
+
+    def __init__(self, attn: Any) -> None:
+        self.attn = attn
+        self.width = max(attn.qk_width, attn.vo_width)
+
+    def __getattr__(self, name: str) -> Any:
+        """The layer's own, but for projections."""
+        value = getattr(self.attn, name)
+        if value is None or name not in _PROJECTIONS:
+            return value
+        kind = _PROJECTIONS[name]
+        if kind == "out":
+            if isinstance(value, nn.ModuleList):
+                return [lambda x: value[0](self.narrow(x)), *value[1:]]
+            return lambda x: value(self.narrow(x))
+        if kind == "v":
+            return lambda x: self.wide(value(x), self.attn.vo_width)
+        if kind == "q":  # the processor divides by the root of the padded width
+            scale = (self.width / self.attn.qk_width) ** 0.5
+            return lambda x: self.wide(value(x), self.attn.qk_width) * scale
+        return lambda x: self.wide(value(x), self.attn.qk_width)
+
+    def wide(self, x_bti: Tensor, width: int) -> Tensor:
+        """Zero channels after those of each head, up to the common width."""
+        if width == self.width:
+            return x_bti
+        heads = x_bti.unflatten(-1, (self.attn.heads, width))
+        return F.pad(heads, (0, self.width - width)).flatten(-2)
+
+    def narrow(self, x_bti: Tensor) -> Tensor:
+        """Without what `wide` added to the values."""
+        return x_bti.unflatten(-1, (self.attn.heads, -1))[..., : self.attn.vo_width].flatten(-2)
+
+
+_PROJECTIONS = {
+    "to_q": "q",
+    "add_q_proj": "q",
+    "to_k": "k",
+    "add_k_proj": "k",
+    "to_v": "v",
+    "add_v_proj": "v",
+    "to_out": "out",
+    "to_add_out": "out",
+}
+
+
+def _padding(processor: Any) -> Any:
+    """The processor, for layers that it sees through `_Padded`."""
+    stock = type(processor)
+    if hasattr(stock, "pads"):
+        return processor
+
+    @functools.wraps(stock.__call__)
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock.__call__(self, _Padded(attn), *args, **kwargs)
+
+    padding = copy.copy(processor)
+    padding.__class__ = type(f"Padding{stock.__name__}", (stock,), {"__call__": call, "pads": True})
+    return padding
+
+
+def _padded_class(base: type) -> type:
+    members = {"__module__": MODULE}
+    return _PADDED.setdefault(
+        base, type(f"Padded{base.__name__}", (PaddedAttention, base), members)
+    )
+
+
+_PADDED: dict[type, type] = {}
 
 
 class SlimAttnProcessor:
@@ -337,7 +474,7 @@ def _save_record(model: Any, folder: Path) -> None:
         from safetensors.torch import save_file
 
         (folder / PLAN_FILE).write_text(record.plan.to_json(), encoding="utf-8")
-        maps = {name: _compact(value) for name, value in record.maps.items()}
+        maps = {name: compact(value) for name, value in record.maps.items()}
         save_file(maps, str(folder / MAPS_FILE), metadata={"format": "pt"})
         return
     source = Path(str(model.config.get("_name_or_path") or ""))
@@ -353,7 +490,7 @@ def _same_slim(source: Path, model: Any) -> bool:
     return bool(config.get("slimdiff") == model.config["slimdiff"])
 
 
-def _compact(value: Tensor) -> Tensor:
+def compact(value: Tensor) -> Tensor:
     """Float16 where that is accurate to 1e-3, else float32; integers stay as they are."""
     value = value.detach().cpu()
     if not value.is_floating_point():

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probe, Probes
+from slimdiff.statistics_file import SUM, VERSION, WEIGHTS_FILE, StoredSums, read_header
 
-VERSION = 1
-WEIGHTS_FILE = "statistics.safetensors"
 SUMMARY_FILE = "statistics.json"
 
 logger = logging.getLogger(__name__)
@@ -138,20 +137,28 @@ class Statistics:
         Raises:
             SlimdiffError: the file is missing, damaged or of a newer version.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         path = Path(folder) / WEIGHTS_FILE
-        if not path.is_file():
-            raise SlimdiffError(f"{path}: no such file; expected a folder that calibration wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("slimdiff", "{}"))
-                _check_version(path, header)
-                # Copies are aligned as fresh tensors are, so that sums go on bit for bit.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        except SafetensorError as error:
-            raise SlimdiffError(f"{path}: damaged ({error}); delete it, calibrate again") from error
+        header = read_header(path)
+        with safe_open(path, framework="pt") as file:
+            # Copies are aligned as fresh tensors are, so that sums go on bit for bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return cls._from(header, tensors)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Statistics:
+        """As `load`, but each sum is read when it is asked for; none can be added to, no probes.
+
+        Raises:
+            SlimdiffError: the file is missing, damaged or of a newer version.
+        """
+        path = Path(folder) / WEIGHTS_FILE
+        header = read_header(path)
+        header["probes"]["constants"] = {}
+        statistics = cls._from(header, {})
+        statistics.sums = StoredSums(path)  # type: ignore[assignment]  # read like a dict
+        return statistics
 
     @classmethod
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
@@ -200,7 +207,7 @@ class Statistics:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"sum/{name}": total.contiguous() for name, total in self.sums.items()}
+        tensors = {f"{SUM}{name}": total.contiguous() for name, total in self.sums.items()}
         for key, probe in self.probes.rows.items():
             for path, tensor in probe.tensors.items():
                 tensors[f"probe/{key}/{path}"] = tensor.contiguous()
@@ -214,7 +221,7 @@ class Statistics:
             prefix = f"probe/{key}/"
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             probes.rows[key] = Probe(key, own, constants)
-        sums = {n.removeprefix("sum/"): t for n, t in tensors.items() if n.startswith("sum/")}
+        sums = {n.removeprefix(SUM): t for n, t in tensors.items() if n.startswith(SUM)}
         return cls(
             denoiser=header["denoiser"],
             probes=probes,
@@ -232,12 +239,3 @@ def _warn_of_other_sampling(parts: Iterable[Statistics]) -> None:
     differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     if differ:
         logger.warning("the merged statistics were sampled with different %s", ", ".join(differ))
-
-
-def _check_version(path: Path, header: dict[str, Any]) -> None:
-    version = header.get("version")
-    if version != VERSION:
-        raise SlimdiffError(
-            f"{path}: statistics version {version}, this slimdiff reads {VERSION}; "
-            f"upgrade slimdiff or calibrate again"
-        )

@@ -146,6 +146,7 @@ def compress(
     statistics: Checkpoint = None,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
+    text_tokens: options.TextTokens = None,
     batch_size: options.BatchSize = 4,
     seed: options.Seed = 0,
     height: options.Height = None,
@@ -164,7 +165,7 @@ def compress(
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature)
     config = CalibrationConfig(
         num_inference_steps=steps,
-        guidance_scale=where.guidance if guidance is None else guidance,
+        **models.sampling(where, guidance, text_tokens),
         batch_size=batch_size,
         seed=seed,
         height=height,

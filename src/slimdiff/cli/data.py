@@ -134,7 +134,11 @@ def summary(found: Any) -> dict[str, Any]:
 
 def _sampling(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """How the runs were sampled, where all of them were sampled alike."""
-    shown = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    shown = {
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance",
+        "max_sequence_length": "text-tokens",
+    }
     shown |= {"batch_size": "batch size", "seed": "seed", "timestep_weights": "timestep weights"}
     found = {}
     for key, name in shown.items():

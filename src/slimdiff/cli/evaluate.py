@@ -11,6 +11,7 @@ import typer
 
 from slimdiff.cli import console, models, options
 from slimdiff.errors import SlimdiffError
+from slimdiff.results import write
 
 HELP = """Measure what was lost and what was gained: dense against slim, same prompts, same seeds.
 
@@ -72,6 +73,7 @@ def evaluate(
     seed: options.ImageSeed = 0,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
+    text_tokens: options.TextTokens = None,
     batch_size: options.BatchSize = 4,
     height: options.Height = None,
     width: options.Width = None,
@@ -86,15 +88,14 @@ def evaluate(
     texts = models.prompts(where, prompts, num_prompts, "test")
     out.parent.mkdir(parents=True, exist_ok=True)
     small = models.load(there, dtype, device, variant)
-    guidance = models.guidance(guidance, where, small)
+    call = models.sampling(where, guidance, text_tokens, small)
     from slimdiff.evaluate import Settings
     from slimdiff.evaluate import evaluate as run
     from slimdiff.evaluate.features import ClipScore, ImageModel
-    from slimdiff.results import write
 
     settings = Settings(
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        **call,
         batch_size=batch_size,
         height=height,
         width=width,

@@ -44,6 +44,7 @@ def generate(
     out: ImageOut = Path("image.png"),
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
+    text_tokens: options.TextTokens = None,
     batch_size: options.BatchSize = 4,
     height: options.Height = None,
     width: options.Width = None,
@@ -56,8 +57,8 @@ def generate(
     texts = _texts(where, prompt, prompts)
     out.parent.mkdir(parents=True, exist_ok=True)
     pipe = models.load(where, dtype, device, variant)
-    scale = models.guidance(guidance, where, pipe)
-    images = _images(pipe, texts, seed, steps, scale, batch_size, height=height, width=width)
+    call = models.sampling(where, guidance, text_tokens, pipe)
+    images = _images(pipe, texts, seed, steps, batch_size, height=height, width=width, **call)
     for number, image in enumerate(images, start=1):
         name = out if len(images) == 1 else out.with_stem(f"{out.stem}-{number}")
         image.save(name)
@@ -74,6 +75,7 @@ def compare(
     out: GridOut = Path("compare.png"),
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
+    text_tokens: options.TextTokens = None,
     batch_size: options.BatchSize = 4,
     height: options.Height = None,
     width: options.Width = None,
@@ -89,9 +91,10 @@ def compare(
     rows: dict[str, list[Any]] = {}
     for label in ("slim", "dense"):  # slim first: it knows how it was calibrated
         pipe = models.load(sources[label], dtype, device, variant)
-        guidance = models.guidance(guidance, where, pipe)
+        call = models.sampling(where, guidance, text_tokens, pipe)
+        guidance, text_tokens = call.values()
         rows[label] = _images(
-            pipe, texts, seed, steps, guidance, batch_size, height=height, width=width
+            pipe, texts, seed, steps, batch_size, height=height, width=width, **call
         )
     from slimdiff.picture import image_grid
 
@@ -118,9 +121,8 @@ def _images(
     prompts: list[str],
     seed: int,
     steps: int,
-    guidance: float | None,
     batch_size: int,
-    **size: Any,
+    **call: Any,
 ) -> list[Any]:
     from slimdiff.evaluate import generate as run
 
@@ -129,9 +131,8 @@ def _images(
         prompts,
         range(seed, seed + len(prompts)),
         num_inference_steps=steps,
-        guidance_scale=guidance,
         batch_size=batch_size,
-        **size,
+        **call,
     )
 
 

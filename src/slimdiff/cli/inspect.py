@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimdiff.cli import console, models, options
+from slimdiff.report.names import kind_name
 
 HELP = """Show the groups of a pipeline's denoiser: what can shrink, and what it costs.
 
 A group is a set of layers that shrink together: the query and key, or the value and output
-projections of an attention layer, or the two linears of a feed-forward layer. MACs are those of one
+projections of an attention layer, the two linears of a feed-forward layer, the inner channels of a
+ResNet, or a modulation. MACs are those of one
 forward at batch 1 and the pipeline's own image size; a plan counts those of the size that it was
 calibrated with. A slim pipeline shows its present widths.
 
@@ -50,9 +52,18 @@ def inspect(
     if as_json:
         groups = [vars(row) for row in rows]
         report = {"denoiser": type(denoiser).__name__, **totals, "groups": groups}
-        console.out().print_json(json.dumps(report))
+        console.out().print_json(json.dumps(report | {"kept": _kept(denoiser)}))
     else:
         _show(f"{type(denoiser).__name__} ({name})", rows, totals)
+        for what, why in _kept(denoiser).items():
+            console.out().print(f"Does not shrink: {what}; {why}.")
+
+
+def _kept(denoiser: Any) -> dict[str, str]:
+    """What the family leaves alone, and why."""
+    from slimdiff.families import family_of
+
+    return dict(family_of(denoiser).kept)
 
 
 def _inputs(pipe: Any) -> dict[str, Any] | None:
@@ -93,7 +104,7 @@ def _show(title: str, rows: list[Row], totals: dict[str, int]) -> None:
     for row in rows:
         shown.add_row(
             row.name,
-            row.kind.replace("_", "-"),
+            kind_name(row.kind),
             str(row.heads),
             str(row.width),
             console.count(row.params),

@@ -64,6 +64,7 @@ def frontier(
     statistics: Folder = None,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
+    text_tokens: options.TextTokens = None,
     batch_size: options.BatchSize = 4,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
@@ -73,8 +74,8 @@ def frontier(
     """Measure the frontier; `FRONTIER` is what the command line shows."""
     where = models.source(model)
     out = out or Path(f"{where.name}-frontier")
-    guidance = where.guidance if guidance is None else guidance
-    config = CalibrationConfig(steps, guidance, batch_size, seed)
+    call = models.sampling(where, guidance, text_tokens)
+    config = CalibrationConfig(steps, batch_size=batch_size, seed=seed, **call)
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     pipe = models.load(where, dtype, device, variant)
     folder = statistics or outcome.beside(out, "statistics")

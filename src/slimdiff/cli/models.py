@@ -12,6 +12,8 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.prompts import read_prompts
 
 BUNDLED, BUNDLED_GUIDANCE = "scenes-unet", 3.0
+BUNDLED_TEXT_TOKENS = {"scenes-dit": 1, "scenes-dit-qknorm": 1}
+"""They have no T5 encoder: one token of zeros says as much as 256."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -25,12 +27,14 @@ class Source:
         path: a folder, or a hub id as it is.
         bundled: whether it comes with slimdiff, so that prompts of its own are known.
         guidance: the guidance scale that it is meant for; None is its pipeline's own.
+        text_tokens: the `max_sequence_length` that it is meant for; None is its pipeline's own.
     """
 
     name: str
     path: str
     bundled: bool = False
     guidance: float | None = None
+    text_tokens: int | None = None
 
 
 def source(model: str | None) -> Source:
@@ -45,7 +49,8 @@ def source(model: str | None) -> Source:
     from slimdiff.reference.bundled import REFERENCES, bundled_path
 
     if name in REFERENCES:
-        return Source(name, str(bundled_path(name)), bundled=True, guidance=BUNDLED_GUIDANCE)
+        tokens = BUNDLED_TEXT_TOKENS.get(name)
+        return Source(name, str(bundled_path(name)), True, BUNDLED_GUIDANCE, tokens)
     if not HUB_ID.fullmatch(name):
         raise SlimdiffError(
             f"{name}: no such folder; expected a diffusers folder, a hub id such as owner/name, "
@@ -108,17 +113,24 @@ def _narrow_dtype(files: list[Path]) -> Any:
     return None
 
 
-def guidance(asked: float | None, where: Source, pipe: Any) -> float | None:
-    """The guidance scale to sample with: as asked, as the reference is meant for, or as a slim
-    pipeline was calibrated; None is the pipeline's own."""
+def sampling(
+    where: Source, guidance: float | None, text_tokens: int | None, pipe: Any = None
+) -> dict[str, Any]:
+    """`guidance_scale` and `max_sequence_length` to sample with: as asked, as the reference is
+    meant for, or as a slim pipeline was calibrated; None is the pipeline's own."""
     from slimdiff.denoiser import denoiser_of
 
-    if asked is not None or where.guidance is not None:
-        return where.guidance if asked is None else asked
-    record = getattr(denoiser_of(pipe)[1], "slim_record", None)
+    record = None if pipe is None else getattr(denoiser_of(pipe)[1], "slim_record", None)
     calibration = {} if record is None else record.plan.figures.get("calibration", {})
-    found = calibration.get("config", {}).get("guidance_scale")
-    return None if found is None else float(found)
+    config = calibration.get("config", {})
+    chosen = {
+        "guidance_scale": (guidance, where.guidance),
+        "max_sequence_length": (text_tokens, where.text_tokens),
+    }
+    return {
+        name: next((value for value in values if value is not None), config.get(name))
+        for name, values in chosen.items()
+    }
 
 
 def prompts(where: Source, path: Path | None, n: int | None, split: str) -> list[str]:

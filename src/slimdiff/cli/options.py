@@ -86,6 +86,7 @@ Seed = Annotated[int, _sampling("seed", "--seed")]
 ImageSeed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next get +1.")]
 Height = Annotated[int | None, _sampling("height", "--height")]
 Width = Annotated[int | None, _sampling("width", "--width")]
+TextTokens = Annotated[int | None, _sampling("max_sequence_length", "--text-tokens")]
 
 Dtype = Annotated[
     str,

@@ -20,11 +20,13 @@ from slimdiff.decompose.effective import (
     effective_down,
     effective_heads,
     effective_key,
+    effective_modulation,
     effective_output,
 )
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
 from slimdiff.decompose.linalg import DAMPING, definite_damping
+from slimdiff.decompose.modulation import Modulation, modulation
 from slimdiff.decompose.resnet import LAG_DAMPING, ResNetChannels, resnet_channels
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Decomposition",
     "FeedForward",
     "HeadSelection",
+    "Modulation",
     "Order",
     "QueryKey",
     "ResNetChannels",
@@ -46,7 +49,9 @@ __all__ = [
     "effective_key",
     "effective_output",
     "elimination_order",
+    "effective_modulation",
     "feed_forward",
+    "modulation",
     "query_key",
     "resnet_channels",
     "unit_order",

@@ -69,6 +69,11 @@ def effective_convolution(w_conv_ocyx: Tensor, maps: Maps) -> Tensor:
     return result_ocyx.to(w_conv_ocyx.dtype)
 
 
+def effective_modulation(w_oi: Tensor, maps: Maps) -> Tensor:
+    """The weight (o, i) of a modulation under its factors."""
+    return (maps["weight"] @ maps["projection"]).to(w_oi.dtype)
+
+
 def effective_heads(w_out_oi: Tensor, maps: Maps, heads: int) -> Tensor:
     """The output projection's weight (o, i) with zero columns at the heads that went.
 

@@ -63,6 +63,7 @@ def velocity_errors(
     num_inference_steps: int = 20,
     guidance_scale: float | None = None,
     batch_size: int = 4,
+    **call: Any,
 ) -> dict[str, VelocityError]:
     """Errors of slim denoisers along the dense pipeline's own sampling trajectory.
 
@@ -77,6 +78,7 @@ def velocity_errors(
         num_inference_steps: as for `generate`, like the two that follow.
         guidance_scale: None is the pipeline's own.
         batch_size: prompts that run together.
+        call: further arguments of the pipeline's call, as for `generate`.
 
     Raises:
         SlimdiffError: no prompt; a slim denoiser that is the dense one, or of another dtype.
@@ -90,6 +92,7 @@ def velocity_errors(
             guidance_scale=guidance_scale,
             batch_size=batch_size,
             output_type="latent",
+            **call,
         )
     return errors
 

@@ -27,17 +27,21 @@ FAMILIES = _load()
 
 
 def family_of(denoiser: nn.Module) -> Family:
-    """The family of `denoiser`, found by its class or the nearest of its base classes.
+    """The family of `denoiser`: what its class says in `slimdiff_family`, or else the one that is
+    known by the name of its class or of the nearest base class.
 
     Raises:
         SlimdiffError: no family describes it; the error lists what is known.
     """
+    own = getattr(type(denoiser), "slimdiff_family", None)
+    if isinstance(own, Family):
+        return own
     for base in type(denoiser).__mro__:
         if base.__name__ in FAMILIES:
             return FAMILIES[base.__name__]
     raise SlimdiffError(
         f"no family describes {type(denoiser).__name__}; known: {', '.join(sorted(FAMILIES))}. "
-        f"To add one, write slimdiff/families/<family>.py as in families/unet.py"
+        f"To add one, write its data on the class, as docs/add-your-model.md shows"
     )
 
 

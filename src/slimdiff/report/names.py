@@ -31,12 +31,14 @@ KINDS = {
     "value_output": "value-output",
     "feed_forward": "feed-forward",
     "resnet": "ResNet channels",
+    "modulation": "modulation",
 }
 REST = "outside the groups"
 UNITS = {  # of a width, where the kind's name does not say it
     "query_key": "channels per head \N{MULTIPLICATION SIGN} heads",
     "value_output": "channels per head \N{MULTIPLICATION SIGN} heads",
     "feed_forward": "hidden units",
+    "modulation": "rank",
 }
 KIND_COLOURS = 6
 

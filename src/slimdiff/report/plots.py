@@ -74,8 +74,11 @@ def cover(axis: Any, nbins: int) -> None:
 
     longest = max(axis.get_data_interval())
     end = longest if 0 < longest < math.inf else 1
-    ticks = MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end)
-    axis.set_ticks([tick for tick in ticks if tick >= 0])
+    found = MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end)
+    ticks = [tick for tick in found if tick >= 0]
+    if ticks[-1] < end:  # the locator takes what is nearly a tick for one
+        ticks.append(ticks[-1] + ticks[-1] - ticks[-2])
+    axis.set_ticks(ticks)
     limits = (0, ticks[-1])
     axis.axes.set_xlim(limits) if axis.axis_name == "x" else axis.axes.set_ylim(limits)
 

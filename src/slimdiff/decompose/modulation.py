@@ -1,0 +1,64 @@
+"""Decomposition of a modulation: the linear that makes shifts, scales and gates of one vector.
+
+Its input is one vector per image and step, so its second moment has few directions, and the linear
+is nearly of low rank where it matters.
+
+Shape letters: `o` output, `i` input channels, `k` = min(o, i), `r` rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimdiff.decompose.decomposition import Decomposition
+from slimdiff.decompose.linalg import checked_moment, symmetric_root, tail_sums
+
+
+@dataclass(frozen=True, eq=False)
+class Modulation(Decomposition):
+    """Low-rank factors; `maps` gives "weight" (o, r) and "projection" (r, i).
+
+    W' = weight projection. At full width `projection` is missing: nothing is factored.
+    """
+
+    weight_oi: Tensor
+    basis_ok: Tensor
+
+    def _identity(self) -> dict[str, Tensor]:
+        return {"weight": self.weight_oi}
+
+    def _slim(self, width: int) -> dict[str, Tensor]:
+        basis_or = self.basis_ok[:, :width].contiguous()
+        return {"weight": basis_or, "projection": basis_or.mT @ self.weight_oi}
+
+
+def modulation(weight_oi: Tensor, moment_ii: Tensor) -> Modulation:
+    """Minimise E|W x - U U^T W x|^2 over orthonormal U (o, r), for every r at once.
+
+    U spans the leading left singular vectors of W M^1/2 (Eckart-Young). Inputs that calibration
+    never saw lose only what they put outside of that span, so no direction counts as missing.
+
+    Args:
+        weight_oi: (o, i) weight of the linear.
+        moment_ii: (i, i) moment of its input.
+
+    Raises:
+        ValueError: shapes disagree, or a value is not finite.
+    """
+    if weight_oi.ndim != 2 or not torch.isfinite(weight_oi).all():
+        raise ValueError(f"weight_oi must be finite and (o, i), got {tuple(weight_oi.shape)}")
+    outputs, inputs = weight_oi.shape
+    width = min(outputs, inputs)
+    weight_oi = weight_oi.double()
+    root_ii, _ = symmetric_root(checked_moment(moment_ii, "moment_ii", (inputs, inputs)))
+    product_oi = weight_oi @ root_ii
+    # Eigenvectors of the smaller Gram matrix take the place of a singular value decomposition.
+    if inputs <= outputs:
+        energy_k, right_ik = torch.linalg.eigh(product_oi.mT @ product_oi)
+        left_ok = torch.linalg.qr(product_oi @ right_ik.flip(-1)).Q
+    else:
+        energy_k, left_ok = torch.linalg.eigh(product_oi @ product_oi.mT)
+        left_ok = left_ok.flip(-1)
+    errors = tail_sums(energy_k.flip(-1).clamp_min(0.0))
+    return Modulation(errors, 0, weight_oi, left_ok[:, :width])
