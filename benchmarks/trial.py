@@ -13,12 +13,17 @@ from typing import Any
 import torch
 
 from slimdiff import costs, evaluate
+from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate import VelocityError
 from slimdiff.reference.bundled import load_reference
 from slimdiff.reference.captions import prompts
 from slimdiff.reference.judge import scene_accuracy
 
 SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
+OWN_SAMPLING = {"scenes-unet": SAMPLING} | {
+    name: SAMPLING | {"max_sequence_length": 1} for name in ("scenes-dit", "scenes-dit-qknorm")
+}
+"""How each reference is sampled: the transformers have no T5 encoder to give more tokens."""
 BATCH = 16
 
 
@@ -36,8 +41,10 @@ class Trial:
 
     def __init__(self, size: Size, name: str = "scenes-unet", split: str = "test") -> None:
         self.size, self.split = size, split
+        self.sampling = OWN_SAMPLING[name]
         self.pipe = load_reference(name, torch.float32)
-        for module in (self.pipe.unet, self.pipe.vae):
+        self.component, self.dense = denoiser_of(self.pipe)
+        for module in (self.dense, self.pipe.vae):
             module.to(memory_format=torch.channels_last)
         self.calls = self._dense_calls(prompts(split, size.errors))
         self.one_row = evaluate.sampling.one_row_of(self.calls[0][0])
@@ -47,12 +54,11 @@ class Trial:
         calls: list[tuple[dict[str, Any], torch.Tensor]] = []
 
         def hook(_module: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-            sample, timestep = args[:2] if args else (kwargs["sample"], kwargs["timestep"])
-            text = kwargs["encoder_hidden_states"]
-            call = {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+            given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+            call = {name: value for name, value in given.items() if torch.is_tensor(value)}
             calls.append((call, out[0]))
 
-        handle = self.pipe.unet.register_forward_hook(hook, with_kwargs=True)
+        handle = self.dense.register_forward_hook(hook, with_kwargs=True)
         try:
             evaluate.generate(
                 self.pipe,
@@ -60,7 +66,7 @@ class Trial:
                 range(len(texts)),
                 batch_size=BATCH,
                 output_type="latent",
-                **SAMPLING,
+                **self.sampling,
             )
         finally:
             handle.remove()
@@ -71,7 +77,9 @@ class Trial:
         error = VelocityError()
         with torch.inference_mode():
             for call, dense in self.calls:
-                error.add(float(call["timestep"]), unet(**call, return_dict=False)[0], dense)
+                error.add(
+                    float(call["timestep"].flatten()[0]), unet(**call, return_dict=False)[0], dense
+                )
         return error
 
     def macs(self, unet: Any) -> int:
@@ -80,15 +88,16 @@ class Trial:
 
     def with_denoiser(self, unet: Any) -> Any:
         """A pipeline of the same components with another denoiser."""
-        parts = {**self.pipe.components, "unet": unet}
-        pipe = type(self.pipe)(**parts, requires_safety_checker=False)
+        parts = {**self.pipe.components, self.component: unet}
+        extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+        pipe = type(self.pipe)(**parts, **extra)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def draw(self, pipe: Any, count: int, start: int = 0) -> list[Any]:
         """Images of the first test prompts, or from `start` on, with seeds 0, 1, 2, ..."""
         texts, seeds = prompts(self.split, count)[start:], range(start, count)
-        return evaluate.generate(pipe, texts, seeds, batch_size=32, **SAMPLING)
+        return evaluate.generate(pipe, texts, seeds, batch_size=32, **self.sampling)
 
     def dense_images(self, count: int) -> list[Any]:
         """The dense pipeline's images of the first `count` test prompts; each is drawn once."""
@@ -99,7 +108,7 @@ class Trial:
     def quality(self, pipe: Any, count: int) -> dict[str, Any]:
         """Scene accuracy with its interval, and likeness to the dense images."""
         dense = self.dense_images(count)
-        images = dense if pipe.unet is self.pipe.unet else self.draw(pipe, count)
+        images = dense if denoiser_of(pipe)[1] is self.dense else self.draw(pipe, count)
         accuracy = scene_accuracy(images, prompts(self.split, count))
         return {
             "images": count,
@@ -121,14 +130,16 @@ class Trial:
 
             return run
 
-        return self._speedup(calling(self.pipe.unet), calling(unet), 5 * self.size.runs)
+        return self._speedup(calling(self.dense), calling(unet), 5 * self.size.runs)
 
     def sampling_speedup(self, pipe: Any) -> float:
         """Times faster than dense: the sampling of one image, without the VAE."""
 
         def sampling(pipe: Any) -> Any:
             texts = prompts(self.split, 1)
-            return lambda: evaluate.generate(pipe, texts, [0], output_type="latent", **SAMPLING)
+            return lambda: evaluate.generate(
+                pipe, texts, [0], output_type="latent", **self.sampling
+            )
 
         return self._speedup(sampling(self.pipe), sampling(pipe), self.size.runs)
 
@@ -138,4 +149,4 @@ class Trial:
 
     def copy_of_denoiser(self) -> Any:
         """A dense denoiser to change."""
-        return copy.deepcopy(self.pipe.unet)
+        return copy.deepcopy(self.dense)

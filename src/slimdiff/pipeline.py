@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
-from slimdiff.planning import check_budget, counted, refuse_unfit
+from slimdiff.planning import by_hand, check_budget, refuse_unfit
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
@@ -94,6 +93,12 @@ def compress(
     return plan
 
 
+def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
+    groups = groups_of(denoiser)
+    probe = statistics.probes.batches(1)[0]
+    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe))
+
+
 def _finish(
     journal: Journal,
     statistics: Statistics,
@@ -114,14 +119,6 @@ def _finish(
     plan.figures["calibration"] = statistics.source
     journal.draw("slim")
     journal.write(plan)
-
-
-def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan) -> Plan:
-    """A plan that was passed in, with figures of its own widths."""
-    groups = groups_of(denoiser)
-    costs = costs_.measure(denoiser, groups, statistics.probes.batches(1)[0])
-    figures = counted(groups, costs, plan.entries)
-    return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
 def _refuse_impossible(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from slimdiff import allocate
@@ -73,6 +74,17 @@ def make_plan(
             curves[name].at(entry.width) for name, entry in entries.items()
         )
     return Plan(denoiser, recipe.name, entries, allocation.name, budget.describe(), figures)
+
+
+def by_hand(plan: Plan, groups: Sequence[Group], costs: Costs) -> Plan:
+    """A plan that was passed in, with figures of its own widths.
+
+    Raises:
+        SlimdiffError: it is of another denoiser.
+    """
+    plan.check(groups)
+    figures = counted(groups, costs, plan.entries)
+    return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
 def refuse_unfit(budget: Budget, recipe: Recipe, allocation: Allocation) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.config import recipe_named
+from slimdiff.denoiser import NAMES
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.folders import read_json, reading, replacing
@@ -169,20 +170,30 @@ def rewrite_pipeline_folder(
     Raises:
         SlimdiffError: as `rewrite_folder`; or `folder` is no pipeline's.
     """
-    from slimdiff.denoiser import NAMES
     from slimdiff.slim_denoiser import MODULE
 
     folder = Path(folder)
+    name = denoiser_folder(folder).name
     index = read_json(folder / "model_index.json")
-    name = next((name for name in NAMES if index.get(name)), None)
-    if name is None:
-        raise SlimdiffError(f"{folder}: its model_index.json names no {' or '.join(NAMES)}")
     with replacing(out, "model_index.json") as new:
         shutil.copytree(folder, new, dirs_exist_ok=True, ignore=_leave_out(folder / name))
         rewrite_folder(folder / name, new / name, statistics, plan, **options)
         index[name] = [MODULE, f"Slim{plan.denoiser}"]
         (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Path(out)
+
+
+def denoiser_folder(folder: str | Path) -> Path:
+    """Where a pipeline's folder keeps its denoiser.
+
+    Raises:
+        SlimdiffError: `folder` is no pipeline's, or has no denoiser.
+    """
+    index = read_json(Path(folder) / "model_index.json")
+    name = next((name for name in NAMES if index.get(name)), None)
+    if name is None:
+        raise SlimdiffError(f"{folder}: its model_index.json names no {' or '.join(NAMES)}")
+    return Path(folder) / name
 
 
 def _leave_out(component: Path) -> Callable[[str, list[str]], set[str]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from slimdiff.budget import Budget
+from slimdiff.cli import compress_options as own
 from slimdiff.cli import console, models, options, outcome
 from slimdiff.config import CalibrationConfig, recipe_named
 from slimdiff.denoiser import NAMES
@@ -17,85 +16,6 @@ from slimdiff.plan import Plan
 
 PLAN_FILE = "slimdiff.json"
 DEFAULT_SHARE = "0.9"
-
-
-def _recipe(help: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel="Recipe")
-
-
-def _calibration(help: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel="Calibration")
-
-
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="Folder of the slim pipeline.", show_default="MODEL-slim"),
-]
-PlanFile = Annotated[
-    Path | None, options.budget("Plan file with the widths to use, instead of a budget.", "--plan")
-]
-RecipeName = Annotated[
-    str,
-    _recipe(
-        "slimdiff: smallest error. paper: SlimDiff's decompositions. magnitude: whole heads and "
-        "hidden units of small activations go, nothing is refit.",
-        "--recipe",
-    ),
-]
-AllocationName = Annotated[
-    str | None,
-    _recipe(
-        "How widths are shared out: probed (measured on kept inputs), entropic, uniform or "
-        "threshold. Default: the recipe's own.",
-        "--allocation",
-    ),
-]
-Temperature = Annotated[float, _recipe("Of the entropic allocation.", "--temperature")]
-Untied = Annotated[
-    bool,
-    _recipe(
-        "Let query-key and value-output widths of an attention layer differ: a little less error, "
-        "but an attention processor of slimdiff's own.",
-        "--untied",
-    ),
-]
-Layers = Annotated[
-    str | None,
-    _recipe(
-        "What may shrink, separated by commas: attention, feed_forward, resnet. Default: the "
-        "recipe's own (slimdiff: all).",
-        "--layers",
-    ),
-]
-Multiple = Annotated[int, _recipe("Widths are multiples of this where they can be.", "--multiple")]
-NumPrompts = Annotated[
-    int, _calibration("How many prompts to use, from the start of the file.", "--num-prompts")
-]
-Weights = Annotated[
-    str,
-    _calibration("uniform, or log: early denoising steps weigh more.", "--timestep-weights"),
-]
-NumProbes = Annotated[
-    int, _calibration("Denoiser inputs kept to measure errors on.", "--num-probes")
-]
-Checkpoint = Annotated[
-    Path | None,
-    _calibration(
-        "Folder that statistics and error curves are saved to as they come, and resumed from. "
-        "Default: OUT.statistics.",
-        "--statistics",
-    ),
-]
-Report = Annotated[
-    bool,
-    typer.Option(
-        "--report/--no-report",
-        help="Write OUT.results.json and, as a page with pictures, OUT.report.html.",
-    ),
-]
-Pictures = Annotated[
-    int, typer.Option("--pictures", help="Prompts drawn before and after, for the report.")
-]
 
 
 HELP = """Make a pipeline smaller, without training, and save it as a folder that diffusers loads.
@@ -119,12 +39,13 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
+- `slimdiff compress ./model --low-memory --statistics from-gpu.statistics --memory 16GB`
 """
 
 
 def compress(
     model: options.Model = None,
-    out: Out = None,
+    out: own.Out = None,
     prompts: options.Prompts = None,
     params: options.Params = None,
     macs: options.Macs = None,
@@ -133,17 +54,17 @@ def compress(
     speedup: options.Speedup = None,
     latency: options.Latency = None,
     quality: options.Quality = None,
-    plan: PlanFile = None,
-    recipe: RecipeName = "slimdiff",
-    allocation: AllocationName = None,
-    temperature: Temperature = 0.3,
-    untied: Untied = False,
-    multiple: Multiple = 8,
-    layers: Layers = None,
-    num_prompts: NumPrompts = 128,
-    timestep_weights: Weights = "uniform",
-    num_probes: NumProbes = 16,
-    statistics: Checkpoint = None,
+    plan: own.PlanFile = None,
+    recipe: own.RecipeName = "slimdiff",
+    allocation: own.AllocationName = None,
+    temperature: own.Temperature = 0.3,
+    untied: own.Untied = False,
+    multiple: own.Multiple = 8,
+    layers: own.Layers = None,
+    num_prompts: own.NumPrompts = 128,
+    timestep_weights: own.Weights = "uniform",
+    num_probes: own.NumProbes = 16,
+    statistics: own.Checkpoint = None,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,
     text_tokens: options.TextTokens = None,
@@ -154,41 +75,68 @@ def compress(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     variant: options.Variant = None,
-    report: Report = True,
-    pictures: Pictures = 4,
+    low_memory: own.LowMemory = False,
+    report: own.Report = True,
+    pictures: own.Pictures = 4,
 ) -> None:
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
-    out = out or Path(f"{where.name}-slim")
-    _refuse_unusable(where, out)
+    out = _usable(where, out or Path(f"{where.name}-slim"))
     budgets = (params, macs, remove, memory, speedup, latency, quality)
+    if low_memory and allocation is None:
+        allocation = "uniform"
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature)
+    if low_memory:
+        return _stream(where, out, statistics, job, variant)
+    image: dict[str, Any] = {"seed": seed, "height": height, "width": width}
     config = CalibrationConfig(
         num_inference_steps=steps,
-        **models.sampling(where, guidance, text_tokens),
         batch_size=batch_size,
-        seed=seed,
-        height=height,
-        width=width,
+        **models.sampling(where, guidance, text_tokens) | image,
         num_probes=num_probes,
         timestep_weights=timestep_weights,  # type: ignore[arg-type]  # refused if unknown
     )
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
-    if report:
-        job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    pipe = models.load(where, dtype, device, variant)
-    stored = models.stored_dtypes(where, pipe, variant) if dtype == "auto" else {}
-    done = _run(pipe, texts, job | {"config": config, "checkpoint": checkpoint})
-    _save(pipe, out, stored, variant)
+    page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
+    job |= {"config": config, "checkpoint": checkpoint} | (page if report else {})
+    done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
 
 
-def _run(pipe: Any, texts: list[str], job: dict[str, Any]) -> Plan:
+def _run(
+    where: models.Source, out: Path, texts: list[str], job: dict[str, Any], **loading: Any
+) -> Plan:
+    """Load, compress, save."""
     from slimdiff import pipeline
 
+    pipe, variant = models.load(where, **loading), loading["variant"]
+    stored = models.stored_dtypes(where, pipe, variant) if loading["dtype"] == "auto" else {}
     with console.Bars() as bars:
-        return pipeline.compress(pipe, texts, **job, progress=bars)
+        done = pipeline.compress(pipe, texts, **job, progress=bars)
+    _save(pipe, out, stored, variant)
+    return done
+
+
+def _stream(
+    where: models.Source,
+    out: Path,
+    statistics: Path | None,
+    job: dict[str, Any],
+    variant: str | None,
+) -> None:
+    """Block by block, from shards to shards."""
+    from slimdiff.low_memory import compress_folder
+
+    if statistics is None:
+        raise SlimdiffError("--low-memory runs nothing: name --statistics that were recorded")
+    if not Path(where.path).is_dir():
+        raise SlimdiffError(f"{where.path}: --low-memory reads a folder; download the model first")
+    job = {name: value for name, value in job.items() if name != "temperature"}
+    with console.Bars() as bars:
+        more = job | {"variant": variant, "progress": bars}
+        plan = compress_folder(where.path, out, statistics, **more)
+    outcome.show(plan, out, statistics, None)
 
 
 def _how(
@@ -224,7 +172,8 @@ def _how(
     }
 
 
-def _refuse_unusable(where: models.Source, out: Path) -> None:
+def _usable(where: models.Source, out: Path) -> Path:
+    """`out`, unless something else would be lost or nothing gained."""
     if out.resolve() == Path(where.path).resolve():
         raise SlimdiffError(f"--out {out}: is the model itself; name another folder")
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
@@ -234,6 +183,7 @@ def _refuse_unusable(where: models.Source, out: Path) -> None:
             raise SlimdiffError(
                 f"{where.path}: is slim already; start from the dense model, with a smaller budget"
             )
+    return out
 
 
 def _save(pipe: Any, out: Path, stored: dict[str, Any], variant: str | None) -> None:
