@@ -191,3 +191,15 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
             f"{path}: does not fit {CONFIG_FILE} ({wrong} differs); it is the plan of another "
             f"model, copy the one that was saved with these weights"
         )
+
+
+def absent_components(folder: Path) -> dict[str, None]:
+    """Components that a pipeline's folder was saved without, such as SD3's T5 encoder.
+
+    Diffusers loads such a folder when it is told of each that it is None.
+
+    Raises:
+        SlimdiffError: the folder has no index.
+    """
+    index = read_json(folder / INDEX_FILE)
+    return {name: None for name, value in index.items() if value == [None, None]}
