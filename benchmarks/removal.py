@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 import slimdiff
@@ -101,16 +100,6 @@ class Removal:
         }
 
 
-def summary(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Geometric means over the draws."""
-    for share in SHARES:
-        for kind in ("random, narrowed", "spread, narrowed", "spread, removing"):
-            found = [rows[f"{share} {kind} {d}"] for d in range(DRAWS)]
-            error = geometric_mean([row["velocity"] for row in found])
-            psnr = sum(row["psnr"] for row in found) / DRAWS
-            print(f"{share} {kind:18s} velocity error {error:.3e}, {psnr:.1f} dB")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
@@ -123,7 +112,6 @@ def main() -> None:
                     f"{share} {name} {draw}",
                     lambda: measured.row(draw, spread, share, removing),  # noqa: B023
                 )
-    summary(measured.rows.rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from slimdiff.integrity import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS,
+    absent_components,
     check_savable,
     class_of,
     config_of,
@@ -165,6 +166,8 @@ def load_pipeline(
     name = None if folder is None else _slim_component(folder)
     if folder is not None and name is not None and name not in options:
         options[name] = _load_component(folder / name, torch_dtype, device_map, variant, verify)
+    if folder is not None:
+        options = absent_components(folder) | options
     settings = {"use_safetensors": True, "device_map": device_map, "variant": variant}
     with reading(path):
         return DiffusionPipeline.from_pretrained(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimdiff.denoiser import denoiser_of
+from slimdiff.integrity import absent_components, loading_call
 from slimdiff.plan import Entry, Plan
 from slimdiff.report.names import width_name
 
@@ -34,11 +35,15 @@ def write_model_card(pipe: Any, folder: Path, title: str) -> None:
     for path in sorted(source.glob("LICENSE*")) if source.name else []:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    (folder / CARD_FILE).write_text(model_card(pipe, title), encoding="utf-8")
+    card = model_card(pipe, title, loading_call(title, absent_components(folder)))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def model_card(pipe: Any, title: str) -> str:
-    """The card of a pipeline with a slim denoiser, as Markdown with a YAML header."""
+def model_card(pipe: Any, title: str, call: str) -> str:
+    """The card of a pipeline with a slim denoiser, as Markdown with a YAML header.
+
+    `call` is how plain diffusers loads it.
+    """
     name, denoiser = denoiser_of(pipe)
     record = getattr(denoiser, "slim_record", None)
     plan: Plan | None = None if record is None else record.plan
@@ -48,7 +53,7 @@ def model_card(pipe: Any, title: str) -> str:
         f"# {title}",
         _introduction(name, denoiser, base),
         _figures(denoiser, plan),
-        _loading(title, name),
+        _loading(title, name, call),
         "" if plan is None else _groups(plan),
         "" if record is None else _maps(name),
         _versions(),
@@ -119,7 +124,7 @@ def _before_and_after(params: int, figures: Mapping[str, Any]) -> list[tuple[str
     return rows
 
 
-def _loading(title: str, name: str) -> str:
+def _loading(title: str, name: str, call: str) -> str:
     return f"""## Loading
 
 With slimdiff, which runs no code from this folder:
@@ -135,7 +140,7 @@ With diffusers alone; `trust_remote_code` allows it to run `{name}/slim_denoiser
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)
+pipe = {call}
 ```"""
 
 
