@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import slimdiff
 from measuring import Rows
+from refitting import residuals
 from slimdiff import costs
 from slimdiff.bundles import Allocation, Bundle, bundles_of
 from slimdiff.config import RECIPES
 from slimdiff.curves import effective_weights, probes_of
+from slimdiff.evaluate import generate
 from slimdiff.plan import Plan
 from slimdiff.planning import counted
 from slimdiff.recipes import decompose_group
@@ -34,7 +36,7 @@ SHARES, CALIBRATION, ERRORS = (0.35, 0.50, 0.60), 64, 24
 PAIRS, NEAREST = 40, 12
 """Exchanges that are tried, and among how many bundles at either end they are looked for."""
 
-REFIT_PROMPTS, TOKENS, RIDGES = 32, 64, (1e-2, 1e-1, 1.0)
+REFIT_PROMPTS, RIDGES = 32, (1e-2, 1e-1, 1.0)
 RECIPE = RECIPES["slimdiff"]
 
 
@@ -180,60 +182,25 @@ class Refinements:
         """Output linears solved again on the slim model's inputs for the dense model's outputs,
         drawn towards what they are by a ridge of this share of the mean diagonal."""
         slim = self.slim(self.plan(share))
-        for name, (xx_ii, xr_io) in self._residuals(slim).items():
-            layer = slim.get_submodule(name)
-            eye = torch.eye(len(xx_ii), dtype=xx_ii.dtype)
-            damped = xx_ii + ridge * xx_ii.diagonal().mean() * eye
-            layer.weight.data += torch.linalg.solve(damped, xr_io).mT.to(layer.weight.dtype)
-        return slim
+        texts = prompts("calibration", REFIT_PROMPTS)
+        options: dict[str, Any] = {"batch_size": BATCH, "output_type": "latent"}
+        seeds = range(1000, 1000 + len(texts))
 
-    def _residuals(self, slim: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-        """Moments of what output linears get, and with what they lack, by path."""
+        def sample() -> None:
+            generate(self.trial.pipe, texts, seeds, **options, **self.trial.sampling)
+
         paths = [
             group.paths[role]
             for group in self.groups.values()
             for role in ("out", "down")
             if role in group.paths
         ]
-        seen: dict[str, Tensor] = {}
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, out: Tensor) -> None:
-                seen[path] = out.flatten(1, -2)[:, :: _every(out)]
-
-            return hook
-
-        def add(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: Any, out: Tensor) -> None:
-                x = args[0].flatten(1, -2)[:, :: _every(out)].flatten(0, 1).double()
-                lack = seen[path].flatten(0, 1).double() - out.flatten(1, -2)[
-                    :, :: _every(out)
-                ].flatten(0, 1)
-                xx, xr = sums.get(path, (0.0, 0.0))
-                sums[path] = (xx + x.mT @ x, xr + x.mT @ lack)
-
-            return hook
-
-        def both(_module: nn.Module, args: Any, kwargs: Any, _out: Any) -> None:
-            with torch.inference_mode():
-                slim(*args, **kwargs)
-
-        hooks = [self.dense.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
-        hooks += [slim.get_submodule(p).register_forward_hook(add(p)) for p in paths]
-        hooks.append(self.dense.register_forward_hook(both, with_kwargs=True))
-        texts = prompts("calibration", REFIT_PROMPTS)
-        slimdiff.evaluate.generate(
-            self.trial.pipe,
-            texts,
-            range(1000, 1000 + len(texts)),
-            batch_size=BATCH,
-            output_type="latent",
-            **self.trial.sampling,
-        )
-        for hook in hooks:
-            hook.remove()
-        return sums
+        for name, (xx_ii, xr_io) in residuals(self.dense, slim, paths, sample).items():
+            layer = slim.get_submodule(name)
+            eye = torch.eye(len(xx_ii), dtype=xx_ii.dtype)
+            damped = xx_ii + ridge * xx_ii.diagonal().mean() * eye
+            layer.weight.data += torch.linalg.solve(damped, xr_io).mT.to(layer.weight.dtype)
+        return slim
 
     def variants(self) -> dict[str, Callable[[float], Any]]:
         """A slim denoiser at a share removed, by refinement."""
@@ -252,11 +219,6 @@ class Refinements:
 
 def _widths(entries: Any) -> dict[str, int]:
     return {name: entry.width for name, entry in entries.items()}
-
-
-def _every(out: Tensor) -> int:
-    """Tokens of a sample are thinned to about TOKENS."""
-    return max(1, out.flatten(1, -2).shape[1] // TOKENS)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-REFERENCES: tuple[str, ...] = ("scenes-unet", "scenes-dit")
+REFERENCES: tuple[str, ...] = ("scenes-unet", "scenes-dit", "scenes-dit-qknorm")
 """Names of the bundled reference pipelines."""
 
 
@@ -25,7 +25,8 @@ def load_reference(name: str = "scenes-unet", dtype: Any = None) -> DiffusionPip
     It takes captions such as "a large red circle top left on navy background" and makes images of
     64 by 64 pixels; 20 steps at guidance 3 are what it is measured with. `scenes-unet` is a
     StableDiffusionPipeline, `scenes-dit` a StableDiffusion3Pipeline without a T5 encoder, which
-    `max_sequence_length=1` makes fastest.
+    `max_sequence_length=1` makes fastest, and `scenes-dit-qknorm` the same with norms of queries
+    and keys, as in SD3.5.
 
     Raises:
         KeyError: no such reference.
