@@ -11,6 +11,7 @@ from typing import Any
 
 from evidence_tables import evidence, headline, whole
 from family_tables import families, kept
+from further_tables import chosen, low_memory, refinements, removal, transformer
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -83,7 +84,13 @@ def half(result: dict[str, Any]) -> str:
     )
 
 
-OTHERS = {"elastic": elastic, "half": half}
+OTHERS = {
+    "removal": removal,
+    "refinements": refinements,
+    "elastic": elastic,
+    "half": half,
+    "low-memory": low_memory,
+}
 
 
 def put(name: str, text: str) -> None:
@@ -102,6 +109,10 @@ def main() -> None:
         parts.append(evidence(found["evidence"]))
         put("figures", headline(found["evidence"]))
         put("whole", whole(found["evidence"]))
+    own = {n: result for n, result in found.items() if n.startswith("transformer-")}
+    parts += [transformer(result) for result in own.values()]
+    if own:
+        put("transformers", chosen({n.removeprefix("transformer-"): own[n] for n in own}))
     if "families" in found:
         put("families", families(found["families"]))
         put("kept", kept(found["families"]))

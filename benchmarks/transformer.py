@@ -1,4 +1,4 @@
-"""slimdiff on a trained transformer, the bundled `scenes-dit`, on held-out test prompts, in one run.
+"""slimdiff on a trained transformer, the bundled `scenes-dit`, on held-out test prompts, in one go.
 
     python benchmarks/transformer.py               # goes on where it was stopped
     python benchmarks/transformer.py --reference scenes-dit-qknorm

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_checkpoint_of_another_run_is_refused(pipe: Any, tmp_path: Path) -> None
         slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG, checkpoint=tmp_path)
 
 
+def test_an_option_that_kept_statistics_do_not_know_was_not_given(
+    pipe: Any, tmp_path: Path
+) -> None:
+    first = slimdiff.calibrate(pipe, PROMPTS[:1], CONFIG)
+    del first.source["config"]["max_sequence_length"]
+    first.save(tmp_path)
+    assert same(first, slimdiff.calibrate(pipe, PROMPTS[:1], CONFIG, checkpoint=tmp_path))
+    other = replace(CONFIG, max_sequence_length=7)
+    with pytest.raises(slimdiff.SlimdiffError, match="max_sequence_length None, not 7"):
+        slimdiff.calibrate(pipe, PROMPTS[:1], other, checkpoint=tmp_path)
+
+
 def test_no_prompts_is_refused(pipe: Any) -> None:
     with pytest.raises(slimdiff.SlimdiffError, match="no calibration prompts"):
         slimdiff.calibrate(pipe, [], CONFIG)
@@ -133,7 +146,8 @@ def test_edited_plan_is_used_as_given() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width is 0, expected an integer from 1"),
+        ({"width": -1}, "width is -1, expected an integer from 0"),
+        ({"width": 0}, "attention layer's other half is removed"),
         ({"width": 10**6}, "width is 1000000"),
         ({"dense_width": 7}, "was it made for another model"),
     ],

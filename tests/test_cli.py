@@ -83,7 +83,7 @@ def test_compress_writes_a_pipeline_and_says_so(slim):
     assert slim.done.returncode == 0, slim.done.stderr
     for words in ("parameters", "MACs", "error on probes", "seconds to calibrate", "tiny-slim"):
         assert words in slim.done.stdout
-    load = re.search(r"DiffusionPipeline\.from_pretrained\('(.+?)'", slim.done.stdout)
+    load = re.search(r'DiffusionPipeline\.from_pretrained\("(.+?)"', slim.done.stdout)
     assert load and load[1] == "tiny-slim"
     assert (slim.path / "model_index.json").is_file()
     assert "Warning" not in slim.done.stderr and "Traceback" not in slim.done.stderr

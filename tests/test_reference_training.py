@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimdiff.reference.build import Architecture
-from slimdiff.reference.export import generate, save, trained_pipeline
+from slimdiff.checkpoint import load_pipeline
+from slimdiff.reference import REFERENCES
+from slimdiff.reference.attention import PlainJointAttention
+from slimdiff.reference.card import Figures, card
+from slimdiff.reference.contract import Reference
+from slimdiff.reference.data import tokenize
+from slimdiff.reference.dit import EMPTY_TOKENS, DitReference, build_scheduler
+from slimdiff.reference.export import generate, load_average, save, trained_pipeline
+from slimdiff.reference.judge import ATTRIBUTES, SceneAccuracy
 from slimdiff.reference.objective import draw_timesteps, loss_weights
 from slimdiff.reference.optim import orthogonalise
 from slimdiff.reference.parallel import agree, average_gradients, leave_group
+from slimdiff.reference.references import TRAINABLE, reference
+from slimdiff.reference.stages import start_from
+from slimdiff.reference.state import averages
 from slimdiff.reference.train import TrainConfig, Trainer, parse_config
+from slimdiff.reference.unet import UnetReference
 
-TINY = Architecture(
-    vae_channels=(8, 8, 8),
-    text_width=16,
-    text_layers=1,
-    text_heads=2,
-    unet_channels=(8, 16, 16),
-    unet_heads=(1, 2, 2),
-    norm_groups=4,
-)
+SMALL_PARTS = {"vae_channels": (8, 8, 8), "text_width": 16, "text_heads": 2, "norm_groups": 4}
+SMALL_DIT = {"second_width": 8, "second_layers": 1, "heads": 2, "head_width": 8, "layers": 2}
+TINY: dict[str, Reference] = {
+    "unet": UnetReference(
+        **SMALL_PARTS, text_layers=1, unet_channels=(8, 16, 16), unet_heads=(1, 2, 2)
+    ),
+    "dit": DitReference(**SMALL_PARTS, **SMALL_DIT, text_layers=2),
+    "dit-qknorm": DitReference(**SMALL_PARTS, **SMALL_DIT, text_layers=2, qk_norm="rms_norm"),
+}
 
 
 def tiny(out: Path) -> TrainConfig:
@@ -41,44 +54,167 @@ def tiny(out: Path) -> TrainConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Runs:
+    """A reference, and folders of its training: without a break, and with one."""
+
+    kind: Reference
+    whole: Path
+    broken: Path
+
+
+@pytest.fixture(scope="module", params=TINY)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One run without a break and one that stopped after two steps and was continued."""
+    kind = TINY[request.param]
     whole, broken = (tmp_path_factory.mktemp(name) for name in ("whole", "broken"))
-    Trainer(tiny(whole), TINY).run()
-    Trainer(tiny(broken), TINY).run(stop=2)
-    continued = Trainer(tiny(broken), TINY)
+    Trainer(tiny(whole), kind).run()
+    Trainer(tiny(broken), kind).run(stop=2)
+    continued = Trainer(tiny(broken), kind)
     assert continued.progress.step == 2
     continued.run()
-    return whole, broken
+    return Runs(kind, whole, broken)
 
 
-def test_a_continued_run_equals_an_unbroken_one(folders: tuple[Path, Path]) -> None:
-    whole, broken = (load_file(folder / "state.safetensors") for folder in folders)
+def test_a_continued_run_equals_an_unbroken_one(runs: Runs) -> None:
+    whole, broken = (load_file(run / "state.safetensors") for run in (runs.whole, runs.broken))
     assert whole.keys() == broken.keys()
     for key, tensor in whole.items():
         assert torch.equal(tensor, broken[key]), key
 
 
-def test_training_moves_every_part(folders: tuple[Path, Path]) -> None:
-    state = load_file(folders[0] / "state.safetensors")
+# The last joint block drops its context, so what only makes the context's queries never learns.
+NEVER_USED = ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.norm_added_q")
+
+
+def test_training_moves_every_part(runs: Runs) -> None:
+    state = load_file(runs.whole / "state.safetensors")
     names = [k.removeprefix("first/") for k in state if k.startswith("first/")]
+    unused = [n for n in names if any(part in n for part in NEVER_USED)]
     still = [n for n in names if not state[f"first/{n}"].any() and "position_ids" not in n]
-    assert not still
+    assert still == unused
 
 
-def test_an_exported_pipeline_generates(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    pipe, progress = trained_pipeline(folders[0], TINY)
+def test_an_exported_pipeline_generates(runs: Runs, tmp_path: Path) -> None:
+    pipe, progress = trained_pipeline(runs.whole, runs.kind)
     assert progress.step == 4 and progress.samples == 16
     made = generate(pipe, ["a small red bar top left on navy background"])
     save(pipe, tmp_path / "pipeline")
-    again = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    again = load_pipeline(tmp_path / "pipeline")
     again.set_progress_bar_config(disable=True)
     close = generate(again, ["a small red bar top left on navy background"])
+    assert type(again) is type(pipe)
     assert made.shape == close.shape == (1, 64, 64, 3)
     assert abs(made - close).mean() < 0.02  # float16 weights
+
+
+def test_an_average_that_lacks_a_weight_is_refused(runs: Runs) -> None:
+    state = load_file(runs.whole / "state.safetensors")
+    name = runs.kind.denoiser
+    lost = next(k for k in state if k.startswith(f"average/{name}."))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_average(runs.kind.networks()[name], {k: state[k] for k in state if k != lost}, name)
+
+
+def test_the_autoencoder_can_be_taken_over(tmp_path: Path) -> None:
+    from slimdiff.reference import load_reference
+
+    config = replace(tiny(tmp_path), vae_from="scenes-unet")
+    trainer = Trainer(config, replace(TINY["dit"], vae_channels=(32, 64, 64), norm_groups=32))
+    bundled = load_reference("scenes-unet").vae.state_dict()
+    assert all(torch.equal(bundled[k], t) for k, t in trainer.vae.state_dict().items())
+
+
+def test_a_reference_can_start_from_one_without_norms(tmp_path: Path) -> None:
+    plain, normed = TINY["dit"], TINY["dit-qknorm"]
+    Trainer(tiny(tmp_path / "plain"), plain).run()
+    config = replace(tiny(tmp_path / "normed"), start_from=str(tmp_path / "plain"))
+    trainer = Trainer(config, normed)
+    average = averages(load_file(tmp_path / "plain" / "state.safetensors"), "transformer")
+    weights = dict(trainer.networks["transformer"].named_parameters())
+    assert all(torch.equal(weights[k], t) for k, t in average.items())
+    norms = {k: w for k, w in weights.items() if k not in average}
+    assert len(norms) == 4 * 2
+    assert all((w > 0).all() and (w == w[0]).all() and w[0] != 1 for w in norms.values())
+    with pytest.raises(KeyError, match="text.first"):
+        start_from({}, dict(trainer.networks.items()), lambda: None)
+
+
+@pytest.mark.parametrize("copies", EMPTY_TOKENS)
+@pytest.mark.parametrize("name", ["dit", "dit-qknorm"])
+def test_one_empty_token_stands_for_several(name: str, copies: int) -> None:
+    kind = TINY[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = kind.networks()
+        for weight in networks["transformer"].parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    states, pooled = networks["text"](tokenize(["a small red bar top left on navy background"]))
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        "pooled_projections": pooled,
+        "timestep": torch.tensor([300.0]),
+        "return_dict": False,
+    }
+    transformer, empty = networks["transformer"], states.new_zeros(1, copies, states.shape[2])
+    stock = transformer(encoder_hidden_states=torch.cat([states, empty], 1), **inputs)[0]
+    transformer.set_attn_processor(PlainJointAttention())
+    short = {**inputs, "encoder_hidden_states": torch.cat([states, empty[:, :1]], 1)}
+    several = {"joint_attention_kwargs": {"copies": torch.tensor([copies])}}
+    torch.testing.assert_close(transformer(**short, **several)[0], stock, rtol=1e-3, atol=1e-4)
+    if copies > 1:
+        assert not torch.allclose(transformer(**short)[0], stock, rtol=1e-3, atol=1e-4)
+
+
+def test_training_and_pipeline_read_captions_alike(runs: Runs) -> None:
+    if runs.kind.denoiser != "transformer":
+        pytest.skip("StableDiffusionPipeline's reading is one call of its text encoder")
+    text = "a small red bar top left on navy background"
+    pipe, _ = trained_pipeline(runs.whole, runs.kind)
+    embeddings, _, pooled, _ = pipe.encode_prompt(text, None, None, max_sequence_length=3)
+    networks = runs.kind.networks()
+    load_average(networks["text"], load_file(runs.whole / "state.safetensors"), "text")
+    states, own_pooled = networks["text"](tokenize([text]))
+    torch.testing.assert_close(embeddings[:, :-3], states)
+    torch.testing.assert_close(pooled, own_pooled)
+    assert not embeddings[:, -3:].any()
+
+
+@pytest.mark.parametrize("step", [0, 499, 999])
+def test_the_flow_is_the_schedulers(step: int) -> None:
+    kind = TINY["dit"]
+    generator = torch.Generator().manual_seed(step)
+    clean, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+    steps = torch.tensor([step, step])
+    noisy, velocity = kind.denoising(kind.networks()).corrupt(clean, noise, steps)
+    scheduler = build_scheduler()
+    at = scheduler.timesteps[scheduler.timesteps.round() == step + 1]
+    torch.testing.assert_close(scheduler.scale_noise(clean, at.repeat(2), noise), noisy)
+    sigma = (step + 1) / 1000
+    torch.testing.assert_close(noisy - sigma * velocity, clean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_tells_what_was_measured(runs: Runs) -> None:
+    pipe, progress = trained_pipeline(runs.whole, runs.kind)
+    half = SceneAccuracy(8, dict.fromkeys(ATTRIBUTES, 0.5))
+    figures = Figures(progress, half, half, dict.fromkeys(runs.kind.sampling, half))
+    text = card("scenes-tiny", runs.kind, pipe, figures, "A remark.")
+    assert "# scenes-tiny" in text and "A remark." in text
+    assert "16 samples in 4 steps" in " ".join(text.split())
+    without_t5 = "from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)"
+    assert (without_t5 in text) == (runs.kind.denoiser == "transformer")
+    for label in runs.kind.sampling:
+        assert f"| {label} | 50.0 % |" in text
+    for part in (runs.kind.denoiser, "text_encoder", "vae", "scheduler"):
+        assert f"| `{part}` |" in text
+    assert json.loads(json.dumps(figures.record()))["test"] == half.shares
+
+
+def test_references_go_by_name() -> None:
+    assert set(REFERENCES) <= set(TRAINABLE)
+    assert reference("scenes-dit").denoiser == "transformer"
+    with pytest.raises(KeyError, match="scenes-dit"):
+        reference("scenes-vit")
 
 
 def _average_in_a_group(number: int, address: str, expected: float) -> None:
@@ -117,7 +253,10 @@ def test_loss_weights_average_to_one_and_prefer_objects() -> None:
 
 
 def test_the_command_line_has_every_option() -> None:
-    config = parse_config(["--steps", "7", "--out", "x", "--no-bfloat16"])
+    arguments = ["--steps", "7", "--out", "x", "--no-bfloat16", "--reference", "scenes-dit"]
+    config = parse_config(arguments)
     assert (config.steps, config.out, config.bfloat16) == (7, Path("x"), False)
+    assert config.reference == "scenes-dit"
+    assert parse_config(["--reference", "scenes-dit"]).out == Path("runs/scenes-dit")
     with pytest.raises(ValueError, match="at least 1"):
         parse_config(["--steps", "0"])

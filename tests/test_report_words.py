@@ -26,10 +26,12 @@ def compressed(**figures):
 
 def test_figures_have_one_name():
     found = sample_results.complete()
+    found["plan"]["figures"]["layers_removed"] = 1
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
         "velocity error on probes",
+        "layers removed wholly",
     }
     text = text_of(found)
     assert all(name in text for name in names.FIGURES.values())
@@ -126,6 +128,17 @@ def test_heads_that_went_are_told():
     group = {"dense_width": 40, "width": 40, "dense_heads": 8, "heads": 1}
     dense, slim = (told.replace("\xa0", " ") for told in facts.widths_told(group))
     assert (dense, slim) == ("40 × 8", "40 × 1")
+
+
+def test_layers_that_went_are_told():
+    found = compressed()
+    kinds = ("query_key", "feed_forward")
+    gone = [next(g for g in found["groups"] if g["kind"] == kind) for kind in kinds]
+    for group in gone:
+        group |= {"width": 0, "params": 0, "macs": 0}
+    told = [tuple(t.replace("\xa0", " ") for t in facts.widths_told(group)) for group in gone]
+    assert told == [("48 × 2", "removed"), (f"{gone[1]['dense_width']}", "removed")]
+    assert render(found).count("\N{RIGHTWARDS ARROW} removed") >= len(gone)
 
 
 @example(longest=0.0010000000000000002, nbins=2)

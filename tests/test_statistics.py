@@ -170,6 +170,24 @@ def test_the_reservoir_forgets_the_order_and_the_split(values: list[int]) -> Non
     assert forward.rows.keys() == backward.rows.keys() == left.rows.keys()
 
 
+@given(times=st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_probes_are_spread_over_the_timesteps(times: list[int]) -> None:
+    whole, left, right = (Probes(5) for _ in range(3))
+    for i, time in enumerate(times):
+        call = arguments(3.0 * i) | {"timestep": torch.tensor(time)}
+        for probes in (whole, (left, right)[i % 2]):
+            probes.offer(call)
+    left.merge([right])
+    assert whole.rows.keys() == left.rows.keys()
+    steps = [probe.timestep for probe in whole.rows.values()]
+    assert len(set(steps)) == min(5, len(set(times)))
+    offered = {step: 2 * times.count(step) for step in set(times)}
+    spare = {step for step, count in offered.items() if steps.count(step) < count}
+    assert all(
+        steps.count(s) <= min((steps.count(t) for t in spare), default=99) + 1 for s in steps
+    )
+
+
 def test_probes_come_back_as_calls() -> None:
     probes = Probes(8)
     probes.offer(arguments(1.0))

@@ -157,6 +157,12 @@ TIED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 UNTIED = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
 FEWER_HEADS = "mid_block.attentions.0.transformer_blocks.0.attn1"
 FEED_FORWARD = "mid_block.attentions.0.transformer_blocks.0.ff"
+REMOVED = {
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn1": "attention",
+    "up_blocks.1.attentions.1.transformer_blocks.0.ff": "feed_forward",
+    "up_blocks.0.resnets.0": "resnet",
+    "mid_block.resnets.1": "resnet",
+}
 
 
 def slim_config(untied: bool = True) -> dict[str, Any]:
@@ -174,7 +180,8 @@ def slim_config(untied: bool = True) -> dict[str, Any]:
         linears[f"{path}.to_v"] = [context, heads * vo]
         linears[f"{path}.to_out.0"] = [heads * vo, 32]
     sizes = {p: {"heads": h, "qk": qk, "vo": vo} for p, (h, qk, vo) in attentions.items()}
-    return {"version": VERSION, "linears": linears, "attentions": sizes}
+    constants = dict.fromkeys(REMOVED, 32)
+    return {"version": VERSION, "linears": linears, "attentions": sizes, "constants": constants}
 
 
 def slim_by_hand(pipe: Any, untied: bool = True, seed: int = 1) -> Any:
@@ -185,10 +192,15 @@ def slim_by_hand(pipe: Any, untied: bool = True, seed: int = 1) -> Any:
     torch.manual_seed(seed)
     slim = slim_config(untied)
     become_slim_(reshape_(pipe.unet, slim), slim)
+    for path in REMOVED:
+        torch.nn.init.normal_(pipe.unet.get_submodule(path).constant, std=0.1)
     entries = {FEED_FORWARD: Entry("feed_forward", 50, 128)}
     for path, sizes in slim["attentions"].items():
         entries[f"{path}.qk"] = Entry("query_key", sizes["qk"], 16, sizes["heads"], 2)
         entries[f"{path}.vo"] = Entry("value_output", sizes["vo"], 16, sizes["heads"], 2)
+    for path, kind in REMOVED.items():
+        halves = {".qk": "query_key", ".vo": "value_output"} if kind == "attention" else {"": kind}
+        entries |= {path + end: Entry(half, 0, 32) for end, half in halves.items()}
     figures = {"params_dense": 359_844, "macs_dense": 2_000, "macs": 1_500, "error_on_probes": 1e-5}
     plan = Plan("UNet2DConditionModel", "slimdiff", entries, "probed", "80 %", figures)
     maps = {

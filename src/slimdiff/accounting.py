@@ -15,13 +15,16 @@ POINTS = 32
 
 
 def entries_of(dense: Sequence[Group], slim: Sequence[Group]) -> dict[str, Entry]:
-    """What became of each dense group, read off the groups of the slim denoiser."""
-    there = {group.name: group for group in slim}
-    return {
-        group.name: Entry(group.kind, now.width, group.width, now.heads, group.heads)
-        for group in dense
-        if (now := there.get(group.name)) is not None
-    }
+    """What became of each dense group, read off the groups of the slim denoiser.
+
+    A group that is not there belongs to a layer that was removed.
+    """
+    there = {group.name: (group.width, group.heads) for group in slim}
+    found = {}
+    for group in dense:
+        width, heads = there.get(group.name, (0, group.heads))
+        found[group.name] = Entry(group.kind, width, group.width, heads, group.heads)
+    return found
 
 
 def account(

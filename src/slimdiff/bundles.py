@@ -14,12 +14,16 @@ from slimdiff.plan import Entry
 
 @dataclass(frozen=True)
 class Allocation:
-    """How widths are chosen: the allocator, tying, the multiple and the entropic temperature."""
+    """How widths are chosen: the allocator, tying, the multiple and the entropic temperature.
+
+    `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles.
+    """
 
     name: str
     tied: bool = True
     multiple: int = 8
     temperature: float = 0.3
+    removable: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
@@ -69,5 +73,8 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
             if by_heads
             else allocate.allowed_sizes(first.width, allocation.multiple, first.step, first.largest)
         )
+        whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
+        if allocation.name == "probed" and whole and first.layer in allocation.removable:
+            sizes = [0, *sizes]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles

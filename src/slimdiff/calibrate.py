@@ -107,11 +107,10 @@ def _start(
         probes = Probes(config.num_probes, config.seed)
         return Statistics(type(denoiser).__name__, probes, source=source)
     statistics = Statistics.load(checkpoint)
-    if statistics.source != source:
+    if differences := _differences(statistics, source):
         raise SlimdiffError(
-            f"{checkpoint}: holds statistics of another run ({_differences(statistics, source)}); "
-            f"give the same prompts and options, name another folder, or delete this one to start "
-            f"over"
+            f"{checkpoint}: holds statistics of another run ({differences}); give the same prompts "
+            f"and options, name another folder, or delete this one to start over"
         )
     logger.info("resuming %s after %d batches", checkpoint, statistics.batches)
     device = next(denoiser.parameters()).device
@@ -120,7 +119,10 @@ def _start(
 
 
 def _differences(statistics: Statistics, source: dict[str, Any]) -> str:
-    """What differs between the run that the statistics are of and this one."""
+    """What differs between the run that the statistics are of and this one.
+
+    An option that they do not know is one that was not given.
+    """
     pairs = {key: (statistics.source.get(key), now) for key, now in source.items()}
     there, here = pairs.pop("config")
     pairs |= {key: ((there or {}).get(key), now) for key, now in here.items()}

@@ -23,6 +23,7 @@ from slimdiff.integrity import (
     ENCODER_WEIGHTS,
     INDEX_FILE,
     WEIGHTS,
+    absent_components,
     check_savable,
     config_of,
     is_encoder,
@@ -151,9 +152,13 @@ def load_pipeline(
     from slimdiff import slim_denoiser, slim_text_encoder  # noqa: F401  (diffusers finds classes there)
 
     folder = _local(path, options)
-    for name in [] if folder is None else slim_names(folder):
-        if folder is not None and name not in options:
-            options[name] = _load_component(folder / name, torch_dtype, device_map, variant, verify)
+    if folder is not None:
+        for name in slim_names(folder):
+            if name not in options:
+                options[name] = _load_component(
+                    folder / name, torch_dtype, device_map, variant, verify
+                )
+        options = absent_components(folder) | options
     settings = {"use_safetensors": True, "device_map": device_map, "variant": variant}
     with reading(path):
         return DiffusionPipeline.from_pretrained(

@@ -17,7 +17,7 @@ from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve
 from slimdiff.statistics import Statistics
 
-VERSION = 2
+VERSION = 3
 
 
 class CurveFile:
@@ -32,7 +32,8 @@ class CurveFile:
     ) -> None:
         kind = "probed" if probed else "decomposed"
         self.path = Path(folder) / f"curves-{recipe.name}-{kind}.safetensors"
-        origin = [VERSION, statistics.source, statistics.calls, asdict(recipe), probed]
+        names = sorted(statistics.sums)
+        origin = [VERSION, statistics.source, statistics.calls, names, asdict(recipe), probed]
         text = json.dumps(origin, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
@@ -50,7 +51,7 @@ class CurveFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError):
             return {}
-        return {name: _curve(name, gains, tensors) for name, gains in header["gains"].items()}
+        return {name: _curve(name, header, tensors) for name in header["gains"]}
 
     def save(self, curves: Mapping[str, ErrorCurve]) -> None:
         """Replace the file by these curves, atomically."""
@@ -62,16 +63,17 @@ class CurveFile:
             if curve.order is not None:
                 tensors[f"order/{name}"] = curve.order.cpu().to(torch.int32)
         gains: dict[str, Any] = {name: curve.gains for name, curve in curves.items()}
-        header = {"slimdiff": json.dumps({"key": self.key, "gains": gains})}
+        removed = {name: curve.removed for name, curve in curves.items()}
+        measured = {"key": self.key, "gains": gains, "removed": removed}
+        header = {"slimdiff": json.dumps(measured)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         save_file(tensors, partial, metadata=header)
         partial.replace(self.path)
 
 
-def _curve(
-    name: str, gains: Mapping[str, float] | None, tensors: Mapping[str, Tensor]
-) -> ErrorCurve:
-    order = tensors.get(f"order/{name}")
+def _curve(name: str, measured: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ErrorCurve:
+    order, gains = tensors.get(f"order/{name}"), measured["gains"][name]
     by_width = None if gains is None else {int(width): gain for width, gain in gains.items()}
-    return ErrorCurve(tensors[f"errors/{name}"], by_width, None if order is None else order.long())
+    order = None if order is None else order.long()
+    return ErrorCurve(tensors[f"errors/{name}"], by_width, order, measured["removed"][name])

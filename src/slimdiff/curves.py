@@ -22,6 +22,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group, layer_at, weight_of
 from slimdiff.probing import Probed
 from slimdiff.recipes import Ordered, decompose_group
+from slimdiff.removal import constant_weights, removable_layers
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -37,16 +38,22 @@ logger = logging.getLogger(__name__)
 class ErrorCurve:
     """Predicted error of one group by width.
 
+    Width 0 stands for a layer that puts out its mean.
+
     Attributes:
         errors: (dense width + 1,) float64 on the CPU; squared error of the group's own output.
         gains: width -> relative squared error of the denoiser's output per unit of `errors`;
             None where it was not measured.
         order: hidden units or ResNet channels, most useful first; saves ordering them again.
+        removed: relative squared error of the denoiser's output when the group's layer puts out
+            its mean (0 for queries and keys, which then do not matter); None if it cannot, or was
+            not measured.
     """
 
     errors: Tensor = field(repr=False)
     gains: Mapping[int, float] | None = None
     order: Tensor | None = field(default=None, repr=False)
+    removed: float | None = None
 
     @property
     def ordered(self) -> Ordered | None:
@@ -60,6 +67,8 @@ class ErrorCurve:
 
     def at(self, width: int) -> float:
         """Predicted relative squared error of the denoiser's output at `width`."""
+        if width == 0 and self.removed is not None:
+            return self.removed
         return float(self.errors[width]) * self._gain_at(width)
 
     def _gain_at(self, width: int) -> float:
@@ -105,6 +114,7 @@ def error_curves(
     curved = [group for group in groups if not (recipe.heads and LAYERS[group.kind] == "attention")]
     missing = [group for group in curved if group.name not in curves]
     probes = probes_of(denoiser, statistics) if probed and missing else None
+    may_go = removable_layers(denoiser, curved, statistics)
     for done, group in enumerate(missing, start=1 + len(curved) - len(missing)):
         decomposition = decompose_group(denoiser, group, statistics, recipe)
         assert isinstance(decomposition, Decomposition)
@@ -112,7 +122,11 @@ def error_curves(
             singular.append(group.name)
         gains = None if probes is None else _gains(probes, group, decomposition)
         order = getattr(decomposition, "order_f", getattr(decomposition, "order_c", None))
-        curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gains, order)
+        removed = None
+        if probes is not None and group.layer in may_go:
+            constant = constant_weights(denoiser, group, statistics)
+            removed = probes.error(constant) if constant else 0.0
+        curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gains, order, removed)
         if keep is not None:
             keep(curves)
         if progress is not None:

@@ -24,6 +24,7 @@ from slimdiff.plan import Plan
 from slimdiff.probing import Probed
 from slimdiff.profiling import calling, narrowed
 from slimdiff.recipes import decompose_group
+from slimdiff.removal import constant_weights
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
 
@@ -148,6 +149,9 @@ def measured_error(
     recipe = recipe_named(plan.recipe)
     weights: dict[str, Tensor] = {}
     for group in plan.changed(groups):
+        if plan.entries[group.name].width == 0:
+            weights |= constant_weights(probes.denoiser, group, statistics)
+            continue
         ordered = curves[group.name].ordered
         found = decompose_group(probes.denoiser, group, statistics, recipe, ordered)
         assert isinstance(found, Decomposition)

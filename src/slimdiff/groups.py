@@ -50,6 +50,10 @@ class Shared:
     part: Literal[0, 1]
 
 
+OUTPUTS = {"value_output": "out", "feed_forward": "down", "resnet": "conv2"}
+"""Kind of group -> the role that puts out what its layer puts out."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention layer of a block; the paths of its linears are relative to `path`.

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from slimdiff.denoiser import ENCODERS, slim_components
-from slimdiff.plan import Plan
+from slimdiff.integrity import absent_components, loading_call
+from slimdiff.plan import Entry, Plan
+from slimdiff.report.names import width_name
 
 CARD_FILE = "README.md"
 
@@ -31,16 +33,20 @@ def write_model_card(pipe: Any, folder: Path, title: str) -> None:
     for path in sorted(source.glob("LICENSE*")) if source.name else []:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    (folder / CARD_FILE).write_text(model_card(pipe, title), encoding="utf-8")
+    card = model_card(pipe, title, loading_call(title, absent_components(folder)))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def model_card(pipe: Any, title: str) -> str:
-    """The card of a pipeline with slim components, as Markdown with a YAML header."""
+def model_card(pipe: Any, title: str, call: str) -> str:
+    """The card of a pipeline with slim components, as Markdown with a YAML header.
+
+    `call` is how plain diffusers loads it.
+    """
     header, base = _origin(pipe)
     slim = slim_components(pipe)
     parts = [_yaml(header), f"# {title}", _introduction(slim, base)]
     parts += [_figures(name, module, _plan_of(module)) for name, module in slim.items()]
-    parts += [_loading(title, list(slim))]
+    parts += [_loading(title, list(slim), call)]
     for name, module in slim.items():
         if plan := _plan_of(module):
             parts += [_groups(name, plan), _maps(name)]
@@ -126,7 +132,7 @@ def _before_and_after(
     return rows
 
 
-def _loading(title: str, names: list[str]) -> str:
+def _loading(title: str, names: list[str], call: str) -> str:
     modules = [
         f"`{name}/slim_{'text_encoder' if name in ENCODERS else 'denoiser'}.py`" for name in names
     ]
@@ -145,7 +151,7 @@ With diffusers alone; `trust_remote_code` allows it to run {" and ".join(modules
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)
+pipe = {call}
 ```"""
 
 
@@ -155,7 +161,7 @@ def _groups(component: str, plan: Plan) -> str:
             f"`{name}`",
             entry.kind.replace("_", "-"),
             f"{entry.dense_heads} to {entry.heads}" if entry.heads != entry.dense_heads else "",
-            f"{entry.dense_width} to {entry.width}" if not entry.is_full else f"{entry.width}",
+            f"{entry.width}" if entry.is_full else _narrowed(entry),
         )
         for name, entry in plan.entries.items()
     ]
@@ -164,8 +170,12 @@ def _groups(component: str, plan: Plan) -> str:
     return (
         f"<details>\n<summary>Widths of all {len(rows)} groups{of}</summary>\n\n{table}\n\n"
         f"Width is channels per head for attention, hidden units for feed-forward, inner "
-        f"channels for a ResNet.\n\n</details>"
+        f"channels for a ResNet. A layer that was removed puts out its mean.\n\n</details>"
     )
+
+
+def _narrowed(entry: Entry) -> str:
+    return f"{entry.dense_width} to {entry.width}" if entry.width else width_name(0)
 
 
 def _maps(name: str) -> str:

@@ -22,6 +22,7 @@ from slimdiff.families import groups_of
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand, check_budget, refuse_unfit
+from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import refuse_slim, rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
@@ -42,6 +43,7 @@ def compress(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     component: str | None = None,
     config: CalibrationConfig | None = None,
@@ -55,14 +57,13 @@ def compress(
     Args:
         pipe: a diffusers pipeline with a dense denoiser of a known family.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
-        budget: what the whole denoiser may hold afterwards; not with `plan`.
-        plan: widths to use instead of allocating them.
-        recipe, allocation, tied, multiple, temperature, layers: see `allocate`.
+        budget, plan: what the component may hold afterwards, or the widths to use instead.
+        recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
-        results, pictures: file to write what was done to, for `slimdiff report`; with it, so many
-            images of the first prompts are drawn before and after.
+        results: file to write what was done to, for `slimdiff report`.
+        pictures: how many of the first prompts are drawn before and after, for these results.
         progress: called with (stage, done, in all).
 
     Raises:
@@ -73,6 +74,7 @@ def compress(
     config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
+    finer["remove_layers"] = remove_layers
     _refuse_impossible(pipe, component, config, budget, plan, how | finer)
     done = (results, pictures if results else 0, {"budget": budget} | how | finer, component)
     journal = Journal(pipe, list(prompts), config, *done)
@@ -141,6 +143,7 @@ def _refuse_impossible(
     groups = groups_of(denoiser, how["layers"] or recipe.layers)
     if plan is not None:
         plan.check(groups_of(denoiser))
+        check_removed(denoiser, groups_of(denoiser), plan)
     if budget is not None:
         if name in ENCODERS and budget.metric == "latency":
             raise SlimdiffError(
@@ -148,7 +151,8 @@ def _refuse_impossible(
                 f"parameters, memory, MACs or quality"
             )
         allocation = how["allocation"] or recipe.allocation
-        settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"])
+        may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
+        settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         costs = costs_.measure(denoiser, groups, call)
         refuse_unfit(budget, recipe, settings)

@@ -22,7 +22,8 @@ class Entry:
 
     Attributes:
         kind: the group's kind, for the reader.
-        width: channels per head, hidden units, or ResNet channels, that stay.
+        width: channels per head, hidden units, or ResNet channels, that stay; 0 where the whole
+            layer goes, and puts out its mean.
         dense_width: how many there were.
         heads: attention heads that stay (1 for the others).
         dense_heads: how many there were.
@@ -112,11 +113,30 @@ class Plan:
             if entry := self.entries.get(group.name):
                 _check_entry(group, entry)
         self._check_heads(groups)
+        self._check_removed(groups)
         self._check_tied(groups)
 
     def changed(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that lose something."""
         return [g for g in groups if g.name in self.entries and not self.entries[g.name].is_full]
+
+    def narrowed(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that lose something, but not all."""
+        return [group for group in self.changed(groups) if self.entries[group.name].width]
+
+    def removed(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups of layers that go wholly."""
+        return [g for g in groups if g.name in self.entries and not self.entries[g.name].width]
+
+    def _check_removed(self, groups: Sequence[Group]) -> None:
+        gone = {group.name for group in self.removed(groups)}
+        layers = {group.layer for group in groups if group.name in gone}
+        for group in groups:
+            if group.layer in layers and group.name not in gone:
+                raise SlimdiffError(
+                    f"{group.name}: keeps a width, but its attention layer's other half is removed "
+                    f"(width 0); give both 0, or both a width"
+                )
 
     def _check_heads(self, groups: Sequence[Group]) -> None:
         heads: dict[str, int] = {}
@@ -156,10 +176,11 @@ def _check_entry(group: Group, entry: Entry) -> None:
         ("heads", entry.heads, group.heads),
     ):
         step = group.step if what == "width" else 1
-        if not isinstance(value, int) or not 1 <= value <= largest or value % step:
+        least = 0 if what == "width" else 1
+        if not isinstance(value, int) or not least <= value <= largest or value % step:
             multiple = f"a multiple of {step}" if step > 1 else "an integer"
             raise SlimdiffError(
-                f"{group.name}: {what} is {value!r}, expected {multiple} from {step} to {largest}"
+                f"{group.name}: {what} is {value!r}, expected {multiple} from {least} to {largest}"
             )
 
 

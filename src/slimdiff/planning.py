@@ -218,6 +218,8 @@ def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry])
         )
         dense = costs.total(metric)
         figures |= {f"{metric}_dense": dense, metric: dense - saved}
+    if gone := {group.layer for group in groups if not _inner(entries, group)}:
+        figures["layers_removed"] = len(gone)
     return figures
 
 

@@ -1,8 +1,9 @@
 """Probes: a few of the denoiser's own inputs, kept to measure its output error on later.
 
-A probe is one row of one call: latents, timestep and conditioning. Rows are kept by the smallest
-hash of their content, so the choice is a uniform sample that depends neither on the order in which
-rows are seen nor on how the work was split, and two reservoirs merge into the one of their union.
+A probe is one row of one call: latents, timestep and conditioning. Of every timestep the row with
+the smallest hash of its content is kept first, then the second smallest, and so on: a sample that
+is spread over the timesteps, and that depends neither on the order in which rows are seen nor on
+how the work was split. Two reservoirs merge into the one of their union.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,7 @@ class Probe:
     """The keyword arguments of a denoiser call with a batch of one.
 
     Attributes:
-        key: hash of the content; the reservoir keeps the smallest.
+        key: hash of the content; of every timestep the reservoir keeps the smallest.
         tensors: argument path (`added_cond_kwargs/time_ids`) -> tensor with a batch of 1, or
             one that has no batch (positions).
         constants: argument path -> JSON value; a list that has an item for each row has one.
@@ -36,6 +38,11 @@ class Probe:
     key: str
     tensors: dict[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def timestep(self) -> float | None:
+        """Where on the way from noise to image it is, if the denoiser was told."""
+        return _timestep(self.tensors)
 
 
 @dataclass
@@ -53,7 +60,8 @@ class Probes:
         for row in range(batch):
             sliced = {path: _row(tensor, row, batch) for path, tensor in tensors.items()}
             key = self._key(sliced)
-            if key not in self.rows and (len(self.rows) < self.capacity or key < max(self.rows)):
+            times = {known: probe.timestep for known, probe in self.rows.items()}
+            if key not in self.rows and key in self._first(times | {key: _timestep(sliced)}):
                 kept = {path: tensor.detach().cpu().clone() for path, tensor in sliced.items()}
                 own = {path: _item(value, row, batch) for path, value in constants.items()}
                 self._keep([Probe(key, kept, own)])
@@ -78,9 +86,18 @@ class Probes:
         ]
 
     def _keep(self, probes: Iterable[Probe]) -> None:
-        self.rows.update((probe.key, probe) for probe in probes)
-        for key in sorted(self.rows)[self.capacity :]:
-            del self.rows[key]
+        rows = self.rows | {probe.key: probe for probe in probes}
+        kept = self._first({key: probe.timestep for key, probe in rows.items()})
+        self.rows = {key: rows[key] for key in kept}
+
+    def _first(self, times: Mapping[str, float | None]) -> list[str]:
+        """The keys that are kept, of those with their timesteps: all first ones, all second ..."""
+        seen: Counter[float | None] = Counter()
+        ranked: list[tuple[int, str]] = []
+        for key in sorted(times):
+            ranked.append((seen[times[key]], key))
+            seen[times[key]] += 1
+        return [key for _, key in sorted(ranked)[: self.capacity]]
 
     def _key(self, tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256(str(self.seed).encode())
@@ -154,6 +171,10 @@ def _listed(value: Any) -> Any:
 
 def _item(value: Any, row: int, batch: int) -> Any:
     return [value[row]] if isinstance(value, list) and len(value) == batch else value
+
+
+def _timestep(tensors: Mapping[str, Tensor]) -> float | None:
+    return float(tensors["timestep"].flatten()[0]) if "timestep" in tensors else None
 
 
 def _row(tensor: Tensor, row: int, batch: int) -> Tensor:

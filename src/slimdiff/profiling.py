@@ -23,6 +23,7 @@ from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry
 from slimdiff.profile import Profile, digest, read, write
+from slimdiff.removal import removable_layers
 from slimdiff.shapes import slim_config
 
 Progress = Callable[[str, int, int], None]
@@ -97,14 +98,15 @@ def _measured(
     dense = calling(denoiser, (), call)
     runs = enough_runs(seconds_of(dense, device))
     whole = interleaved({"dense": dense}, runs=runs, device=device)
+    may_go = removable_layers(denoiser, [g for own in layers.values() for g in own])
     known: dict[str, dict[int, float]] = {}
     times: dict[str, dict[int, float]] = {}
     for done, (layer, groups) in enumerate(layers.items(), start=1):
         args, kwargs = inputs.pop(layer)
         module = denoiser.get_submodule(layer)
-        alike = _signature(module, groups, args, kwargs)
+        alike = f"{_signature(module, groups, args, kwargs)} {layer in may_go}"
         if alike not in known:
-            widths = _widths(groups[0], multiple)
+            widths = _widths(groups[0], multiple, layer in may_go)
             calls = {
                 str(width): calling(_at_width(module, layer, groups, width), args, kwargs)
                 for width in widths
@@ -135,11 +137,12 @@ def _relative(group: Group, layer: str) -> Group:
     return replace(group, layer="", block="", paths=paths, columns=columns)
 
 
-def _widths(group: Group, multiple: int) -> list[int]:
-    """At most `WIDTHS` of the allowed widths, evenly spread, with both ends."""
+def _widths(group: Group, multiple: int, may_go: bool) -> list[int]:
+    """At most `WIDTHS` of the allowed widths, evenly spread, with both ends; 0 if it may go."""
     sizes = allocate.allowed_sizes(group.width, multiple, group.step, group.largest)
     count = min(WIDTHS, len(sizes))
-    return sorted({sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)})
+    chosen = {sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)}
+    return sorted(chosen | ({0} if may_go else set()))
 
 
 def _inputs_of(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.families import family_of, groups_of
-from slimdiff.groups import SECOND_STREAM, Group
+from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
 from slimdiff.probes import Probes, bound
 from slimdiff.recorder import Recorder
+from slimdiff.removal import mean_name, why_it_stays
 from slimdiff.statistics import Statistics
 
 
@@ -124,11 +125,15 @@ def _hook_value_output(recorder: Recorder, denoiser: nn.Module, group: Group) ->
     return [
         *_on_outputs(denoiser, values, add_values),
         *(_on_input(recorder, denoiser, group, role, "z") for role in group.streams("out")),
+        *_on_mean(recorder, denoiser, group),
     ]
 
 
 def _hook_feed_forward(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
-    return [_on_input(recorder, denoiser, group, "down", "h")]
+    return [
+        _on_input(recorder, denoiser, group, "down", "h"),
+        *_on_mean(recorder, denoiser, group),
+    ]
 
 
 def _on_input(recorder: Recorder, denoiser: nn.Module, group: Group, role: str, what: str) -> Any:
@@ -140,6 +145,14 @@ def _on_input(recorder: Recorder, denoiser: nn.Module, group: Group, role: str, 
         recorder.moment(f"{group.layer}/{what}", x_bti[..., columns])
 
     return denoiser.get_submodule(group.paths[role]).register_forward_pre_hook(hook)
+
+
+def _on_mean(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
+    """Add what the group's layer puts out, if its mean can stand in for it."""
+    if why_it_stays(denoiser, group) is not None:
+        return []
+    last = denoiser.get_submodule(group.paths[OUTPUTS[group.kind]])
+    return [last.register_forward_hook(lambda _m, _i, y: recorder.output(mean_name(group), y))]
 
 
 def _on_outputs(
@@ -165,7 +178,8 @@ def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[
     return [
         conv2.register_forward_pre_hook(
             lambda _m, args: recorder.lags(f"{group.layer}/lags", args[0])
-        )
+        ),
+        *_on_mean(recorder, denoiser, group),
     ]
 
 

@@ -68,6 +68,15 @@ class Recorder:
         self._gram(name, x_ni)
         self._add(f"{name}_magnitude", x_ni.abs().sum(0, dtype=torch.float32), x_ni.shape[0])
 
+    def output(self, name: str, y: Tensor) -> None:
+        """Add what a layer puts out, y (batch, tokens, o) or (batch, o, height, width).
+
+        All tokens or pixels enter, so that the mean of each channel is known.
+        """
+        channels = 1 if y.ndim == 4 else y.ndim - 1
+        others = [axis for axis in range(y.ndim) if axis != channels]
+        self._add(name, y.sum(others, dtype=self.dtype), y.numel() // y.shape[channels])
+
     def influence(self, name: str, x_bti: Tensor, y_bti: Tensor) -> None:
         """Add 1 - cos(x, y) over tokens: how much a block turns its input (block influence).
 

@@ -38,11 +38,13 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
         SlimdiffError: no block matches, or a layer is not what the family's data says.
     """
     groups: list[Group] = []
+    removed = False
     for path, block in denoiser.named_modules():
+        removed = removed or _is_removed(block)
         for spec in family.blocks:
             if re.fullmatch(spec.pattern, path):
                 groups.extend(_groups_in(path, block, spec))
-    if not groups:
+    if not groups and not removed:
         patterns = ", ".join(spec.pattern for spec in family.blocks)
         raise SlimdiffError(
             f"{type(denoiser).__name__}: no module path matches {patterns}, so there is no "
@@ -54,10 +56,11 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
 def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
     for layer in spec.layers:
         if isinstance(layer, ResNet):
-            yield _resnet_group(path, block, layer)
+            if not _is_removed(block):
+                yield _resnet_group(path, block, layer)
         elif isinstance(layer, Modulation):
             yield _modulation_group(path, block, layer, spec.output)
-        elif _absent(block, layer.path):
+        elif (own := _found(block, layer.path)) is None or _is_removed(own):
             continue
         elif isinstance(layer, Attention):
             yield from _attention_groups(path, block, layer, spec.output)
@@ -65,12 +68,16 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
             yield _feed_forward_group(path, block, layer, spec.output)
 
 
-def _absent(block: nn.Module, path: str) -> bool:
+def _found(block: nn.Module, path: str) -> nn.Module | None:
     try:
-        block.get_submodule(path)
+        return block.get_submodule(path)
     except AttributeError:
-        return True
-    return False
+        return None
+
+
+def _is_removed(layer: nn.Module) -> bool:
+    """Whether slimming removed it: it holds what it puts out."""
+    return isinstance(getattr(layer, "constant", None), nn.Parameter)
 
 
 def _attention_groups(

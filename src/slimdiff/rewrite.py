@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,13 +16,12 @@ from slimdiff.families import groups_of
 from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import Ordered, check_statistics, decompose_group
+from slimdiff.removal import check_removed, remove_layers_
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, tuple[Tensor, Tensor | None]]
-
-logger = logging.getLogger(__name__)
 
 
 def rewrite(
@@ -52,10 +50,12 @@ def rewrite(
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
-    for group in plan.changed(groups):
+    check_removed(denoiser, groups, plan, statistics)
+    for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
+    config = slim_config(denoiser, groups, plan.entries)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
-    become_slim_(denoiser, slim_config(denoiser, groups, plan.entries))
+    become_slim_(denoiser, config)
     denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
     return denoiser
 
@@ -71,10 +71,11 @@ def slim_groups_(
 ) -> dict[str, Tensor]:
     """Put the smaller weights of `groups` into `denoiser`, and return the maps; no other change.
 
-    Maps are keyed `<group name>/<map name>`, on the CPU.
+    Maps are keyed `<group name>/<map name>`, on the CPU. Layers that go put out their mean.
     """
     maps: dict[str, Tensor] = {}
-    changed = sorted(plan.changed(groups), key=_first_column, reverse=True)
+    remove_layers_(denoiser, plan.removed(groups), statistics)
+    changed = sorted(plan.narrowed(groups), key=_first_column, reverse=True)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
         own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
@@ -114,8 +115,7 @@ def _maps(
     recipe = recipe_named(plan.recipe)
     decomposition = decompose_group(denoiser, group, statistics, recipe, ordered)
     by_heads = recipe.heads and LAYERS[group.kind] == "attention"
-    size = entry.heads if by_heads else entry.width
-    return decomposition.maps(size)
+    return decomposition.maps(entry.heads if by_heads else entry.width)
 
 
 def slim_weights(

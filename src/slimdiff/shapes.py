@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.groups import LAYERS, Group, is_inward, layer_at
+from slimdiff.groups import LAYERS, OUTPUTS, Group, is_inward, layer_at
 from slimdiff.plan import Entry
 
 
@@ -17,7 +17,7 @@ def slim_config(
     """What `slim_denoiser.reshape_` takes; paths are those of `denoiser`.
 
     Args:
-        denoiser: dense or slim; what a group leaves alone is read off its layers.
+        denoiser: dense; what a group leaves alone is read off its layers.
         groups: dense.
         entries: group name -> what becomes of it; the others stay as they are.
     """
@@ -25,6 +25,12 @@ def slim_config(
     config: dict[str, Any] = {"linears": {}, "convolutions": {}, "norms": {}, "attentions": {}}
     inner = {group.name: _inner(group, entries) for group in groups}
     shared = _shared_inputs(groups, inner)
+    constants = {
+        group.layer: layer_at(denoiser, group.paths[OUTPUTS[group.kind]]).weight.shape[0]
+        for group in changed
+        if group.kind in OUTPUTS and entries[group.name].width == 0
+    }
+    changed = [group for group in changed if entries[group.name].width]
     config["factored"] = {g.layer: inner[g.name] for g in changed if g.kind == "modulation"}
     for group in (group for group in changed if group.kind != "modulation"):
         for role, path in group.paths.items():
@@ -45,7 +51,7 @@ def slim_config(
         half = "qk" if group.kind == "query_key" else "vo"
         sizes = config["attentions"].setdefault(group.layer, {"heads": heads, "qk": group.width})
         sizes.update({"heads": heads, half: width})
-    return {"version": 1, **config}
+    return {"version": 1, **config, **({"constants": constants} if constants else {})}
 
 
 def _inner(group: Group, entries: Mapping[str, Entry]) -> int:

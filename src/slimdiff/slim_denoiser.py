@@ -10,10 +10,11 @@ that config.json holds under "slimdiff":
      "convolutions": {"<path of a convolution>": [in_channels per group, out_channels]},
      "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
      "factored": {"<path of a linear>": rank},
-     "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
+     "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
+     "constants": {"<path of a layer that was removed>": channels}}
 
-qk and vo are channels per head of queries and keys, and of values. `convolutions`, `norms` and
-`factored` may be left out.
+qk and vo are channels per head of queries and keys, and of values. A layer that was removed puts
+out a constant. `convolutions`, `norms`, `factored` and `constants` may be left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from typing import Any
 import diffusers
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 VERSION = 1
@@ -49,6 +52,7 @@ STOCK_PROCESSORS = (
 """Processors that compute what `SlimAttnProcessor` computes, for equal widths."""
 
 _SOURCE = Path(__file__).read_bytes()
+_NOTHING = Tensor()
 
 
 class SlimConfigError(ValueError):
@@ -78,11 +82,12 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
 
     Linears that have their shape already keep their weights; the others get new random ones of the
     same dtype and device. Attention layers learn their heads, widths and scale; where qk and vo
-    differ, `SlimAttnProcessor` is installed.
+    differ, `SlimAttnProcessor` is installed. Layers that were removed become constants.
 
     Raises:
         SlimConfigError: a layer is missing, or its widths contradict each other, or differing qk
-            and vo are asked of an attention layer with a processor of its own.
+            and vo are asked of an attention layer with a processor of its own, or a layer is none
+            that can be a constant.
     """
     check_slim(slim, type(model).__name__)
     for path, (inputs, outputs) in slim["linears"].items():
@@ -95,6 +100,10 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
         _factor(_layer(model, path, nn.Linear), rank)
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
+    for path, channels in slim.get("constants", {}).items():
+        layer = _layer(model, path, (*CONSTANTS, *CONSTANTS.values()))
+        if getattr(layer, "constant", _NOTHING).shape != (channels,):
+            become_constant_(layer, next(layer.parameters()).new_zeros(channels), path)
     return model
 
 
@@ -238,6 +247,91 @@ def _untie(path: str, attn: Any, qk: int, vo: int) -> None:
     if not isinstance(attn, PaddedAttention):
         attn.__class__ = _padded_class(type(attn))
         attn.set_processor(attn.processor)
+
+
+def may_be_constant(layer: nn.Module) -> bool:
+    """Whether a layer can be removed, that is, put out a constant.
+
+    It must not change the size of a feature map, nor put out anything but one tensor.
+    """
+    if type(layer) is ResnetBlock2D:
+        return not (layer.up or layer.down)
+    if type(layer) is Attention:
+        norms = [getattr(layer, name, None) for name in ("norm_q", "norm_k")]
+        return norms == [None, None] and type(layer.processor).__name__ in STOCK_PROCESSORS
+    return type(layer) is FeedForward
+
+
+def become_constant_(layer: nn.Module, constant: Tensor, path: str = "layer") -> None:
+    """Remove a layer in place: it puts out `constant` (o,) and forgets its weights.
+
+    Raises:
+        SlimConfigError: it is none that can be a constant; `path` stands for it in the message.
+    """
+    if not may_be_constant(layer):
+        raise SlimConfigError(
+            f"{path}: {type(layer).__name__} cannot be removed; expected a plain feed-forward, "
+            f"attention layer or ResNet of diffusers, start from the dense model"
+        )
+    weight = next(layer.parameters())
+    value = constant.to(device=weight.device, dtype=weight.dtype).clone()
+    layer.__class__ = CONSTANTS[type(layer)]
+    for name in layer.REMOVED:  # type: ignore[union-attr]  # the classes in `CONSTANTS` have it
+        setattr(layer, name, None)
+    layer.constant = nn.Parameter(value, requires_grad=weight.requires_grad)
+
+
+class ConstantAttention(Attention):
+    """Attention that was removed: `constant` for every token. Its processor is never called."""
+
+    REMOVED = ("to_q", "to_k", "to_v", "to_out")
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """The constant in the shape of `hidden_states` (n, tokens, c) or (n, c, height, width)."""
+        output = _spread(self.constant, hidden_states)
+        if self.residual_connection:
+            output = output + hidden_states
+        return output / self.rescale_output_factor if self.rescale_output_factor != 1 else output
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """There are none."""
+
+
+class ConstantFeedForward(FeedForward):
+    """Feed-forward that was removed: `constant` for every token."""
+
+    REMOVED = ("net",)
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """The constant in the shape of `hidden_states` (n, tokens, c)."""
+        return _spread(self.constant, hidden_states)
+
+
+class ConstantResnet(ResnetBlock2D):
+    """ResNet whose inner path was removed: `constant` for every pixel, on top of the shortcut."""
+
+    REMOVED = ("conv1", "time_emb_proj", "norm2", "conv2")
+
+    def forward(self, input_tensor: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Shortcut of `input_tensor` (n, c, height, width) plus the constant, rescaled."""
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return (shortcut + _spread(self.constant, shortcut)) / self.output_scale_factor
+
+
+CONSTANTS: dict[type, type] = {
+    Attention: ConstantAttention,
+    FeedForward: ConstantFeedForward,
+    ResnetBlock2D: ConstantResnet,
+}
+"""Layers that can be removed, and what they become."""
+
+
+def _spread(constant: Tensor, like: Tensor) -> Tensor:
+    """`constant` (o,) for every token of `like` (n, tokens, c), or pixel of (n, c, h, w)."""
+    constant = constant.to(like.dtype)
+    if like.ndim == 4:
+        return constant[:, None, None].expand(len(like), -1, *like.shape[2:])
+    return constant.expand(*like.shape[:-1], -1)
 
 
 class UntiedAttention(Attention):

@@ -34,7 +34,8 @@ class Statistics:
     division. `what` is, for an attention layer with h heads of width e and d = h e:
     `q`, `k`, `k_centred`, `v` (h, e, e), `z` (d, d), `z_magnitude` (d,); for a feed-forward layer
     of f hidden units: `h` (f, f), `h_magnitude` (f,); for a ResNet of c inner channels: `lags`
-    (13, c, c), autocovariances of the second convolution's input; for a block: `influence` (1,).
+    (13, c, c), autocovariances of the second convolution's input; for all but queries and keys
+    `output_mean` (o,), what the layer puts out; for a block: `influence` (1,).
 
     Attributes:
         denoiser: class name of the denoiser.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slimdiff.groups import Group
 from slimdiff.integrity import CONFIG_FILE, WEIGHTS, class_of, config_of
 from slimdiff.plan import Plan
 from slimdiff.recipes import check_statistics
+from slimdiff.removal import check_removed
 from slimdiff.rewrite import refuse_slim, slim_groups_
 from slimdiff.shapes import slim_config
 from slimdiff.shards import Shards, ShardWriter, join
@@ -66,9 +67,10 @@ def rewrite_folder(
     refuse_slim(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
-    changed = plan.changed(groups)
-    for group in changed:
+    check_removed(denoiser, groups, plan, statistics)
+    for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
+    changed, config = plan.changed(groups), slim_config(denoiser, groups, plan.entries)
     shards = Shards(folder, variant)
     shards.refuse_strange(denoiser)
     with replacing(out, CONFIG_FILE) as new:
@@ -77,7 +79,7 @@ def rewrite_folder(
         maps.mkdir()
         _rewrite(denoiser, changed, statistics, plan, shards, writer, maps, progress)
         writer.close()
-        _describe(denoiser, groups, plan, new, maps)
+        _describe(denoiser, config, plan, new, maps)
     return Path(out)
 
 
@@ -141,12 +143,11 @@ def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _describe(
-    denoiser: nn.Module, groups: Iterable[Group], plan: Plan, folder: Path, maps: Path
+    denoiser: nn.Module, config: dict[str, Any], plan: Plan, folder: Path, maps: Path
 ) -> None:
     """Write what stands beside the weights, as `save` does."""
     from slimdiff import slim_denoiser
 
-    config: Any = slim_config(denoiser, list(groups), plan.entries)
     slim_denoiser.become_slim_(denoiser, config)
     denoiser.save_config(str(folder))  # type: ignore[operator]  # of ConfigMixin
     source = Path(slim_denoiser.__file__)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slimdiff import costs as costs_
 from slimdiff.budget import Budget
 from slimdiff.bundles import Allocation
-from slimdiff.config import Recipe, recipe_named
+from slimdiff.config import recipe_named
 from slimdiff.curve_file import CurveFile
-from slimdiff.curves import ErrorCurve, error_curves, probes_of
+from slimdiff.curves import ErrorCurve, error_curves
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
 from slimdiff.frontier import Frontier, frontier
+from slimdiff.jobs import Job, as_fast, as_good, best_of
 from slimdiff.plan import Plan
-from slimdiff.planning import least_nanoseconds, make_plan, refuse_unfit, smallest_count
-from slimdiff.profiling import profile
+from slimdiff.planning import refuse_unfit, smallest_count
 from slimdiff.rewrite import refuse_slim
 from slimdiff.statistics import Statistics
 
@@ -68,6 +65,7 @@ def allocate(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
     timed_rows: int = 2,
@@ -87,6 +85,8 @@ def allocate(
             attention processors; untied layers use slimdiff's own processor.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
+        remove_layers: let whole layers go, and put out their mean, where the probed allocation
+            finds that best on the probes; statistics without means keep all layers.
         layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
             that the recipe knows (`paper` and `magnitude` leave ResNets alone).
         curves: from `measure_curves`; measured here if not given.
@@ -107,49 +107,11 @@ def allocate(
         curves = measure_curves(
             denoiser, statistics, recipe, allocation, layers=layers, progress=progress
         )
-    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":
-        return _as_fast(job, timed_rows, folder, progress)
-    if budget.largest_error is not None:
-        return _as_good(job, budget.largest_error)
-    return job.plan()
-
-
-class _Job:
-    """What every plan of one call of `allocate` has in common."""
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        statistics: Statistics,
-        budget: Budget,
-        recipe: Recipe,
-        settings: Allocation,
-        layers: Sequence[str] | None,
-        curves: Mapping[str, ErrorCurve],
-    ) -> None:
-        probe = statistics.probes.batches(1)
-        inputs = probe[0] if probe else costs_.example_inputs(denoiser)
-        self.denoiser, self.statistics, self.curves = denoiser, statistics, curves
-        self.budget, self.recipe, self.settings = budget, recipe, settings
-        self.groups = groups_of(denoiser, layers or recipe.layers)
-        self.costs = costs_.measure(denoiser, self.groups, inputs)
-
-    def plan(self, **limits: Any) -> Plan:
-        """The plan under the budget, or under other limits (see `make_plan`)."""
-        bytes_each = next(self.denoiser.parameters()).element_size()
-        plan = make_plan(
-            type(self.denoiser).__name__,
-            self.groups,
-            self.costs,
-            self.curves,
-            self.statistics,
-            self.budget.in_parameters(bytes_each),
-            self.recipe,
-            self.settings,
-            **limits,
-        )
-        return replace(plan, budget=self.budget.describe())
+        fit = as_fast(job, timed_rows, folder, progress)
+    return best_of(job, fit) if remove_layers else fit(job)
 
 
 def frontier_of(
@@ -165,6 +127,8 @@ def frontier_of(
     progress: Progress | None = None,
 ) -> Frontier:
     """Predicted and measured error against size, from dense to the smallest widths.
+
+    No layer goes wholly: down there errors no longer add up as predicted.
 
     Args:
         denoiser: dense; it is not changed.
@@ -184,41 +148,12 @@ def frontier_of(
     refuse_unfit(budget, chosen, settings)
     how: dict[str, Any] = {"layers": layers, "progress": progress}
     curves = curves or measure_curves(denoiser, statistics, recipe, "probed", **how)
-    job = _Job(denoiser, statistics, budget, chosen, settings, layers, curves)
-    probes = probes_of(denoiser, statistics)
+    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
     return frontier(
         lambda limit: job.plan(limit=limit),
-        lambda plan: measured_error(probes, job.groups, statistics, plan, curves),
+        job.lost,
         job.costs.total(metric),
         smallest_count(job.groups, job.costs, metric, chosen, settings),
         metric,
         progress,
-    )
-
-
-def _as_fast(job: _Job, rows: int, folder: str | Path | None, progress: Progress | None) -> Plan:
-    device = next(job.denoiser.parameters()).device
-    call = next(iter(job.statistics.probes.batches(rows, device)), None)
-    if call is None:
-        raise SlimdiffError("the statistics hold no probes to time; record with num_probes")
-    multiple = job.settings.multiple
-    times = profile(
-        job.denoiser, job.groups, call, multiple=multiple, folder=folder, progress=progress
-    )
-    dense = times.dense_nanoseconds
-    return fit_speedup(
-        lambda limit: job.plan(profile=times, limit=limit),
-        lambda plan: timed(job.denoiser, job.groups, plan, call),
-        dense,
-        least_nanoseconds(job.groups, job.recipe, job.settings, times),
-        dense / job.budget.limit(dense),
-    )
-
-
-def _as_good(job: _Job, largest: float) -> Plan:
-    probes = probes_of(job.denoiser, job.statistics)
-    return fit_error(
-        lambda goal: job.plan(largest_error=goal),
-        lambda plan: measured_error(probes, job.groups, job.statistics, plan, job.curves),
-        largest,
     )

@@ -66,6 +66,7 @@ def compress(
     temperature: own.Temperature = 0.3,
     untied: own.Untied = False,
     multiple: own.Multiple = 8,
+    remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
     num_prompts: own.NumPrompts = 128,
     timestep_weights: own.Weights = "uniform",
@@ -89,8 +90,7 @@ def compress(
     where = models.source(model)
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
     budgets = (params, macs, remove, memory, speedup, latency, quality)
-    if low_memory and allocation is None:
-        allocation = "uniform"
+    allocation = allocation or ("uniform" if low_memory else None)
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature, component)
     if low_memory:
         return _stream(where, out, statistics, job, variant)
@@ -105,7 +105,8 @@ def compress(
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    job |= {"config": config, "checkpoint": checkpoint} | (page if report else {})
+    more = {"config": config, "checkpoint": checkpoint, "remove_layers": remove_layers}
+    job |= more | (page if report else {})
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
 

@@ -61,6 +61,14 @@ Layers = Annotated[
     ),
 ]
 Multiple = Annotated[int, recipe("Widths are multiples of this where they can be.", "--multiple")]
+RemoveLayers = Annotated[
+    bool,
+    recipe(
+        "Let whole layers go where that loses least (they then put out their mean), or only "
+        "narrow them.",
+        "--remove-layers/--keep-layers",
+    ),
+]
 NumPrompts = Annotated[
     int, calibration("How many prompts to use, from the start of the file.", "--num-prompts")
 ]

@@ -15,7 +15,7 @@ A group is a set of layers that shrink together: the query and key, or the value
 projections of an attention layer, the two linears of a feed-forward layer, the inner channels of a
 ResNet, or a modulation. MACs are those of one
 forward at batch 1 and the pipeline's own image size; a plan counts those of the size that it was
-calibrated with. A slim pipeline shows its present widths.
+calibrated with. A slim pipeline shows its present widths, and layers that were removed.
 
 **Examples**
 
@@ -87,6 +87,8 @@ def measure(
     """
     from slimdiff import costs
     from slimdiff.families import groups_of
+    from slimdiff.removal import removed_from
+    from slimdiff.report.names import REMOVED
 
     groups = groups_of(denoiser)
     found = costs.measure(denoiser, groups, inputs or costs.example_inputs(denoiser))
@@ -97,10 +99,14 @@ def measure(
         macs = cost.of("macs", inner)
         share = params / found.params
         rows.append(Row(group.name, group.kind, group.heads, group.width, params, macs, share))
+    for path, channels in removed_from(denoiser).items():
+        rows.append(Row(path, REMOVED, 0, 0, channels, 0, channels / found.params))
     return rows, {"params": found.params, "macs": found.macs}
 
 
 def _show(title: str, rows: list[Row], totals: dict[str, int], whole: str) -> None:
+    from slimdiff.report.names import width_name
+
     right = dict.fromkeys(("heads", "width", "parameters", "MACs", "share"), "right")
     shown = console.table(title, {"group": "left", "kind": "left", **right})
     for row in rows:
@@ -108,7 +114,7 @@ def _show(title: str, rows: list[Row], totals: dict[str, int], whole: str) -> No
             row.name,
             kind_name(row.kind),
             str(row.heads),
-            str(row.width),
+            width_name(row.width),
             console.count(row.params),
             console.count(row.macs),
             console.share(row.params, totals["params"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from slimdiff.cli import console
 from slimdiff.errors import SlimdiffError
+from slimdiff.integrity import absent_components, loading_call
 from slimdiff.plan import Plan
 
 COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
@@ -47,7 +48,7 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
     page.print(f"statistics stay in {checkpoint}, for another budget or recipe", soft_wrap=True)
     page.print(f"saved in {out}; to use it, with slimdiff installed or without:\n", soft_wrap=True)
     page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
-    call = f"DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)"
+    call = loading_call(str(out), absent_components(out))
     page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
     if model is not None:
         write_page(model, out)
@@ -70,6 +71,8 @@ def _table(plan: Plan, title: str) -> Any:
         if key in figures:
             error = numbers.error(figures[key])
             shown.add_row(figure_name(key, figures), "", error, "")
+    if figures.get("layers_removed"):
+        shown.add_row(FIGURES["layers_removed"], "", str(figures["layers_removed"]), "")
     for stage, seconds in figures["seconds"].items():
         told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
         shown.add_row(f"seconds to {stage}", "", *told)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-REFERENCES: tuple[str, ...] = ("scenes-unet",)
+REFERENCES: tuple[str, ...] = ("scenes-unet", "scenes-dit", "scenes-dit-qknorm")
 """Names of the bundled reference pipelines."""
 
 
@@ -19,13 +19,20 @@ def bundled_path(name: str) -> Path:
     return Path(__file__).parent / "pipelines" / name
 
 
-def load_reference(name: str = "scenes-unet", dtype: Any = None) -> StableDiffusionPipeline:
+def load_reference(name: str = "scenes-unet", dtype: Any = None) -> DiffusionPipeline:
     """A bundled pipeline on CPU, in `dtype` (float32 by default), its progress bar off.
 
     It takes captions such as "a large red circle top left on navy background" and makes images of
-    64 by 64 pixels; 20 steps at guidance 3 are what it is measured with.
+    64 by 64 pixels; 20 steps at guidance 3 are what it is measured with. `scenes-unet` is a
+    StableDiffusionPipeline, `scenes-dit` a StableDiffusion3Pipeline without a T5 encoder, which
+    `max_sequence_length=1` makes fastest, and `scenes-dit-qknorm` the same with norms of queries
+    and keys, as in SD3.5.
+
+    Raises:
+        KeyError: no such reference.
+        FileNotFoundError: its folder holds no pipeline.
     """
-    from diffusers import StableDiffusionPipeline
+    from slimdiff.checkpoint import load_pipeline
 
     path = bundled_path(name)
     if not (path / "model_index.json").exists():
@@ -33,6 +40,6 @@ def load_reference(name: str = "scenes-unet", dtype: Any = None) -> StableDiffus
             f"{path} holds no pipeline; train one with `python -m slimdiff.reference.train` and "
             "package it with `python -m slimdiff.reference.export`"
         )
-    pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, local_files_only=True)
+    pipe = load_pipeline(path, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe if dtype is None else pipe.to(dtype)

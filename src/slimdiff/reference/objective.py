@@ -1,9 +1,9 @@
-"""What the denoiser is trained on: noisy latents, their timesteps, and a weighted error."""
+"""What a denoiser is trained on: noisy latents, their timesteps, and a weighted error."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,24 +11,7 @@ from torch import Tensor
 from slimdiff.reference.data import Shard, tokenize
 from slimdiff.reference.parallel import rank, world_size
 
-
-class PlainAttention:
-    """Attention by explicit products: on CPU its backward is faster than the fused kernel's."""
-
-    def __call__(
-        self,
-        attn: Any,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """Tokens (n, t, c) to tokens (n, t, c)."""
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(x))
-        key = attn.head_to_batch_dim(attn.to_k(context))
-        value = attn.head_to_batch_dim(attn.to_v(context))
-        shares = (torch.bmm(query * attn.scale, key.mT)).softmax(-1)
-        return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(shares, value)))
+TIMESTEPS = 1000
 
 
 def draw_timesteps(n: int, generator: torch.Generator) -> Tensor:
@@ -38,7 +21,7 @@ def draw_timesteps(n: int, generator: torch.Generator) -> Tensor:
     logistic = torch.sigmoid(0.3 + 1.1 * torch.special.ndtri(shares))
     uniform = torch.rand(n, generator=generator)
     mixed = torch.where(torch.rand(n, generator=generator) < 0.85, logistic, uniform)
-    return (mixed * 1000).long().clamp(0, 999)
+    return (mixed * TIMESTEPS).long().clamp(0, TIMESTEPS - 1)
 
 
 def loss_weights(occupied: Tensor, emphasis: float = 3.0) -> Tensor:
@@ -50,27 +33,27 @@ def loss_weights(occupied: Tensor, emphasis: float = 3.0) -> Tensor:
 
 @dataclass
 class Denoising:
-    """One training step's forward pass."""
+    """One training step's forward pass, whichever the noise and the networks.
 
-    unet: Any
-    text_encoder: Any
-    alphas: Tensor
-    """Cumulative signal shares by timestep, (1000,)."""
+    Attributes:
+        corrupt: (clean, noise, steps) to (noisy, target), all but steps (n,) of latents' shape.
+        predict: (noisy, steps, tokens, generator) to a guess of the target.
+        dropout: share of captions that are blanked, for guidance.
+    """
+
+    corrupt: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    predict: Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
     dropout: float = 0.1
 
     def loss(self, batch: Shard, generator: torch.Generator) -> Tensor:
-        """Weighted v-prediction error on `batch`."""
-        n, dtype = len(batch.tokens), next(self.text_encoder.parameters()).dtype
+        """Weighted squared error of the prediction on `batch`."""
+        n = len(batch.tokens)
         part = slice(rank(), None, world_size())  # of a batch that all processes draw alike
         clean = batch.latents.float()
         noise = torch.randn(clean.shape, generator=generator)
         steps = draw_timesteps(n, generator)
-        signal = self.alphas[steps, None, None, None]
-        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        target = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        noisy, target = self.corrupt(clean, noise, steps)
         blank = torch.rand(n, generator=generator) < self.dropout
         tokens = torch.where(blank[:, None], tokenize([""]), batch.tokens)
-        states = self.text_encoder(tokens[part]).last_hidden_state
-        noisy = noisy[part].to(dtype).contiguous(memory_format=torch.channels_last)
-        guess = self.unet(noisy, steps[part], states, return_dict=False)[0].float()
+        guess = self.predict(noisy[part], steps[part], tokens[part], generator).float()
         return ((guess - target[part]).square() * loss_weights(batch.occupied)[part]).mean()

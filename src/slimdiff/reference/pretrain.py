@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,21 +139,30 @@ def _scene_labels(batch: list[Scene]) -> Tensor:
     return torch.tensor(labels)
 
 
-def train_text(text_encoder: Any, steps: int, seed: int, *, batch: int = 128) -> None:
-    """Teach `text_encoder` to bind words to objects, which CLIP brings along and it does not."""
+def train_text(
+    text: nn.Module,
+    states_of: Callable[[nn.Module, Tensor], Tensor],
+    steps: int,
+    seed: int,
+    *,
+    batch: int = 128,
+) -> None:
+    """Teach `text` to bind words to objects, which CLIP brings along and it does not.
+
+    What is read are `states_of(text, tokens)`, (batch, 20, width).
+    """
     generator = torch.Generator().manual_seed(seed)
     pool = scenes("train", min(20_000, steps * batch), seed + 1)
     tokens = tokenize([caption(s) for s in pool])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        reader = Reader(text_encoder.config.hidden_size)
-    parameters = {**dict(text_encoder.named_parameters()), **dict(reader.named_parameters())}
+        reader = Reader(states_of(text, tokens[:1]).shape[-1])
+    parameters = {**dict(text.named_parameters()), **dict(reader.named_parameters())}
     optimizer = Optimizer(parameters, _is_inner_linear, Rates(muon=2e-3, adam=2e-3))
     for step in range(steps):
         picks = torch.randint(len(pool), (batch,), generator=generator)
-        states = text_encoder(tokens[picks]).last_hidden_state
-        loss = reader.loss(states, [pool[i] for i in picks])
-        text_encoder.zero_grad()
+        loss = reader.loss(states_of(text, tokens[picks]), [pool[i] for i in picks])
+        text.zero_grad()
         reader.zero_grad()
         loss.backward()
         optimizer.step(step + 1, warm_and_decay(step, steps), 0.0)

@@ -38,3 +38,9 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Progress]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     progress = Progress(int(header["step"]), int(header["samples"]), float(header["seconds"]))
     return tensors, progress
+
+
+def averages(state: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
+    """The averaged weights of one network, by its own names."""
+    prefix = f"average/{network}."
+    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}

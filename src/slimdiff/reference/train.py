@@ -1,4 +1,4 @@
-"""Train the reference pipeline: `python -m slimdiff.reference.train --out runs/scenes-unet`.
+"""Train a reference pipeline: `python -m slimdiff.reference.train --reference scenes-unet`.
 
 Three stages: autoencoder, text encoder (both minutes), then the denoiser together with the text
 encoder. Every stage leaves its result in `out`; a second call continues where the first stopped,
@@ -9,37 +9,23 @@ work too, `slimdiff.reference.parallel` says how to start it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimdiff.reference.build import (
-    Architecture,
-    build_scheduler,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
-from slimdiff.reference.captions import scenes
-from slimdiff.reference.data import Pool, encode, images
-from slimdiff.reference.objective import Denoising, PlainAttention
+from slimdiff.reference.contract import Reference
+from slimdiff.reference.data import Pool
+from slimdiff.reference.objective import Denoising
 from slimdiff.reference.optim import Optimizer, Rates
-from slimdiff.reference.parallel import (
-    agree,
-    average_gradients,
-    join_group,
-    leave_group,
-    rank,
-    wait,
-)
+from slimdiff.reference.parallel import agree, average_gradients, join_group, leave_group, rank
 from slimdiff.reference.pretrain import train_text, train_vae
+from slimdiff.reference.references import TRAINABLE, reference
+from slimdiff.reference.stages import build, latent_scaling, stage, start_from, take_vae
 from slimdiff.reference.state import Progress, load_state, save_state
 
 log = logging.getLogger(__name__)
@@ -53,11 +39,15 @@ def _option(default: Any, help: str) -> Any:
 class TrainConfig:
     """How long and how to train."""
 
-    out: Path = _option(Path("runs/scenes-unet"), "folder of checkpoints and of the pipeline")
+    reference: str = _option("scenes-unet", "what to train: " + ", ".join(TRAINABLE))
+    out: Path = _option(Path(), "folder of checkpoints; runs/REFERENCE if none is given")
     steps: int = _option(1050, "denoiser steps in all")
     minutes: float = _option(0.0, "if not 0, end the denoiser's training after so many minutes")
     decay: float = _option(0.4, "share of training over which the rate falls to 0 at the end")
+    rate: float = _option(1.0, "share of the usual learning rates")
     batch: int = _option(64, "scenes per step")
+    vae_from: str = _option("", "take over a bundled reference's autoencoder, train none")
+    start_from: str = _option("", "take over the averaged weights of this training folder")
     vae_steps: int = _option(1100, "autoencoder steps")
     text_steps: int = _option(250, "text encoder steps before it is trained with the denoiser")
     shard: int = _option(2048, "scenes per shard of encoded training data")
@@ -70,77 +60,52 @@ class TrainConfig:
     seed: int = _option(0, "seed of weights, data and noise")
 
     def __post_init__(self) -> None:
+        if not self.out.parts:
+            object.__setattr__(self, "out", Path("runs") / self.reference)
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch must be at least 1, got {self.steps}, {self.batch}")
-
-
-# --- stages that are done once -----------------------------------------------------------------
-
-
-def stage(path: Path, module: Any, work: Callable[[], None]) -> None:
-    """Load `module` from `path`, or do `work` on it and leave it there."""
-    from safetensors.torch import load_file, save_file
-
-    if not path.exists() and rank() == 0:
-        work()
-        partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, partial)
-        partial.replace(path)
-    wait()
-    module.load_state_dict(load_file(path))
-
-
-def build(arch: Architecture, seed: int) -> tuple[Any, Any, Any]:
-    """VAE, text encoder and UNet with the weights of `seed`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_vae(arch), build_text_encoder(arch), build_unet(arch)
-
-
-def latent_scaling(out: Path, vae: Any) -> float:
-    """One over the deviation of latents, measured once and kept in `out`."""
-    path = out / "scaling.json"
-    if not path.exists() and rank() == 0:
-        latents = encode(vae, images(scenes("train", 256), 0), 1.0)
-        path.write_text(json.dumps(round(1 / float(latents.std()), 3)))
-    wait()
-    return float(json.loads(path.read_text()))
-
-
-# --- the denoiser ------------------------------------------------------------------------------
-
-
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains it: inner convolutions and linear layers of the UNet."""
-    outer = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
-    inner = name.startswith("unet.") and parameter.ndim >= 2
-    return inner and not any(word in name for word in outer)
 
 
 class Trainer:
     """The denoiser's training, resumable at any step."""
 
-    def __init__(self, config: TrainConfig, arch: Architecture) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, kind: Reference) -> None:
+        self.config, self.kind = config, kind
         config.out.mkdir(parents=True, exist_ok=True)
-        vae, text_encoder, unet = build(arch, config.seed)
-        vae.to(memory_format=torch.channels_last)
-        unet.to(memory_format=torch.channels_last)
-        stage(config.out / "vae.safetensors", vae, lambda: train_vae(vae, config.vae_steps, 0))
-        stage(
-            config.out / "text.safetensors",
-            text_encoder,
-            lambda: train_text(text_encoder, config.text_steps, config.seed),
-        )
-        self.vae, self.text_encoder, self.unet = vae.eval(), text_encoder, unet
+        self.vae, networks = build(kind, config.seed)
+        self.networks = nn.ModuleDict(networks)
+        stage(config.out / "vae.safetensors", self.vae, self._train_vae)
+        stage(config.out / "text.safetensors", networks["text"], self._train_text)
+        self.vae.eval()
         self.scaling = latent_scaling(config.out, self.vae)
-        self.nets = nn.ModuleDict({"unet": unet, "text": text_encoder})
-        self.optimizer = Optimizer(dict(self.nets.named_parameters()), is_matrix, Rates())
         self.progress = Progress()
         self.path = config.out / "state.safetensors"
+        if config.start_from and not self.path.exists():
+            self._start()
+        parameters = dict(self.networks.named_parameters())
+        self.optimizer = Optimizer(parameters, kind.is_matrix, Rates())
         if self.path.exists():
             state, self.progress = load_state(self.path)
             self.optimizer.restore(state)
+
+    def _train_vae(self) -> None:
+        if self.config.vae_from:
+            take_vae(self.vae, self.config.vae_from)
+        else:
+            train_vae(self.vae, self.config.vae_steps, 0)
+
+    def _train_text(self) -> None:
+        if not self.config.start_from:  # which brings a text encoder along
+            text, c = self.networks["text"], self.config
+            train_text(text, self.kind.states, c.text_steps, c.seed)
+
+    def _start(self) -> None:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        networks = dict(self.networks.items())
+        denoising = self.kind.denoising(networks)
+        batch = self._pool().batch(0, self.config.batch, generator)
+        state, _ = load_state(Path(self.config.start_from) / "state.safetensors")
+        start_from(state, networks, lambda: denoising.loss(batch, generator))
 
     def run(self, stop: int | None = None) -> None:
         """Train to the end, or as if killed after step `stop`."""
@@ -169,9 +134,8 @@ class Trainer:
 
     def _prepare(self) -> Denoising:
         if self.config.bfloat16:
-            self.nets.to(torch.bfloat16)
-        self.unet.set_attn_processor(PlainAttention())
-        return Denoising(self.unet, self.text_encoder, build_scheduler().alphas_cumprod)
+            self.networks.to(torch.bfloat16)
+        return self.kind.denoising(dict(self.networks.items()))
 
     def _pool(self) -> Pool:
         c = self.config
@@ -189,10 +153,10 @@ class Trainer:
         step = self.progress.step
         generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
         loss = denoising.loss(pool.batch(step, self.config.batch, generator), generator)
-        self.nets.zero_grad(set_to_none=True)
+        self.networks.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.nets.parameters())
-        rate = min(1.0, (step + 1) / 50, (1 - share) / self.config.decay)
+        average_gradients(self.networks.parameters())
+        rate = self.config.rate * min(1.0, (step + 1) / 50, (1 - share) / self.config.decay)
         norm = self.optimizer.step(step + 1, rate, min(0.998, (1 + step) / (10 + step)))
         self.progress.step += 1
         self.progress.samples += self.config.batch
@@ -211,7 +175,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for f in fields(TrainConfig):
         flag, default = "--" + f.name.replace("_", "-"), f.default
-        text = f"{f.metadata['help']} (default: {default})"
+        shown = "" if default in ("", Path()) else f" (default: {default})"
+        text = f.metadata["help"] + shown
         if isinstance(default, bool):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=default, help=text)
@@ -226,7 +191,7 @@ def main() -> None:
     config = parse_config()
     torch.set_num_threads(config.threads)
     join_group()
-    Trainer(config, Architecture()).run()
+    Trainer(config, reference(config.reference)).run()
     leave_group()
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name
+from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name, width_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -71,12 +71,13 @@ def inner_width(group: Group) -> Pair:
 
 
 def widths_told(group: Group) -> tuple[str, str]:
-    """The dense width and the one that stays: `40 × 8` per head, or a number of units."""
+    """The dense width and the one that stays: `40 × 8` per head, or units, or `removed`."""
     dense_heads, heads = group.get("dense_heads") or 1, group.get("heads") or 1
     if dense_heads == 1:
-        return f"{group['dense_width']}", f"{group['width']}"
+        return f"{group['dense_width']}", width_name(group["width"])
     dense = numbers.product(group["dense_width"], dense_heads)
-    return dense, numbers.product(group["width"], heads)
+    slim = numbers.product(group["width"], heads) if group["width"] else width_name(0)
+    return dense, slim
 
 
 def sums(groups: Iterable[Group], keys: Iterable[Key], metric: str) -> dict[Key, Pair]:
@@ -130,6 +131,8 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
+    if figures.get("layers_removed"):
+        found[FIGURES["layers_removed"]] = str(figures["layers_removed"])
     return found
 
 

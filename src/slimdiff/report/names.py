@@ -18,6 +18,7 @@ FIGURES = {
     "share_reached": "share of it that was reached",
     "predicted_error": "velocity error, predicted",
     "error_on_probes": "velocity error on probes",
+    "layers_removed": "layers removed wholly",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
@@ -35,6 +36,7 @@ KINDS = {
     "modulation": "modulation",
 }
 REST = "outside the groups"
+REMOVED = "removed"
 UNITS = {  # of a width, where the kind's name does not say it
     "query_key": "channels per head \N{MULTIPLICATION SIGN} heads",
     "value_output": "channels per head \N{MULTIPLICATION SIGN} heads",
@@ -54,6 +56,11 @@ def figure_name(key: str, figures: Mapping[str, Any]) -> str:
 def kind_name(kind: str) -> str:
     """A kind of group, or `rest`, as the reader knows it."""
     return REST if kind == "rest" else KINDS.get(kind, kind.replace("_", "-"))
+
+
+def width_name(width: int) -> str:
+    """A width as the reader knows it; 0 is a layer that was removed, and puts out its mean."""
+    return f"{width}" if width else REMOVED
 
 
 def kind_colour(kind: str, kinds: Sequence[str]) -> str:

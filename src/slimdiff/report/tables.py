@@ -53,8 +53,8 @@ def groups(results: Results) -> Html:
     told = tag("summary", f"Widths, cost and gain of all {len(found)} groups")
     note = (
         "Width is channels per head \N{MULTIPLICATION SIGN} heads, hidden units, or inner channels "
-        "of a ResNet. Gain is how much of a group's squared error reaches the denoiser's output, "
-        "relative to that output's square."
+        "of a ResNet; a layer that was removed puts out its mean. Gain is how much of a group's "
+        "squared error reaches the denoiser's output, relative to that output's square."
     )
     return tag("details", told, tag("p", note), table(head, rows, "All groups"))
 

@@ -1,0 +1,133 @@
+"""Jobs: what all plans under one budget have in common, and how the best of them is found."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimdiff import costs as costs_
+from slimdiff.budget import Budget
+from slimdiff.bundles import Allocation
+from slimdiff.config import Recipe
+from slimdiff.curves import ErrorCurve, probes_of
+from slimdiff.errors import SlimdiffError
+from slimdiff.families import groups_of
+from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
+from slimdiff.plan import Plan
+from slimdiff.planning import least_nanoseconds, make_plan
+from slimdiff.probing import Probed
+from slimdiff.profiling import profile
+from slimdiff.statistics import Statistics
+
+Progress = Callable[[str, int, int], None]
+
+
+class Job:
+    """What every plan of one call of `allocate` has in common."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        statistics: Statistics,
+        budget: Budget,
+        recipe: Recipe,
+        settings: Allocation,
+        layers: Sequence[str] | None,
+        curves: Mapping[str, ErrorCurve],
+    ) -> None:
+        probe = statistics.probes.batches(1)
+        inputs = probe[0] if probe else costs_.example_inputs(denoiser)
+        self.denoiser, self.statistics, self.curves = denoiser, statistics, curves
+        self.groups = groups_of(denoiser, layers or recipe.layers)
+        self.budget, self.recipe, self.settings = budget, recipe, settings
+        self.costs = costs_.measure(denoiser, self.groups, inputs)
+
+    def removing(self) -> Job:
+        """The same, where the layers whose removal was measured may go."""
+        measured = {name for name, curve in self.curves.items() if curve.removed is not None}
+        removable = frozenset(g.layer for g in self.groups if g.name in measured)
+        job = copy.copy(self)
+        job.settings = replace(self.settings, removable=removable)
+        return job
+
+    @functools.cached_property
+    def _probes(self) -> Probed:
+        return probes_of(self.denoiser, self.statistics)
+
+    def lost(self, plan: Plan) -> float:
+        """Error of a plan on the probes, all groups shrunk together."""
+        return measured_error(self._probes, self.groups, self.statistics, plan, self.curves)
+
+    def plan(self, **limits: Any) -> Plan:
+        """The plan under the budget, or under other limits (see `make_plan`)."""
+        bytes_each = next(self.denoiser.parameters()).element_size()
+        plan = make_plan(
+            type(self.denoiser).__name__,
+            self.groups,
+            self.costs,
+            self.curves,
+            self.statistics,
+            self.budget.in_parameters(bytes_each),
+            self.recipe,
+            self.settings,
+            **limits,
+        )
+        return replace(plan, budget=self.budget.describe())
+
+
+def as_fast(
+    job: Job, rows: int, folder: str | Path | None, progress: Progress | None
+) -> Callable[[Job], Plan]:
+    """The fit to a time; the layers are timed here, once.
+
+    Raises:
+        SlimdiffError: there are no probes to time.
+    """
+    device = next(job.denoiser.parameters()).device
+    call = next(iter(job.statistics.probes.batches(rows, device)), None)
+    if call is None:
+        raise SlimdiffError("the statistics hold no probes to time; record with num_probes")
+    how: dict[str, Any] = {"multiple": job.settings.multiple, "folder": folder}
+    times = profile(job.denoiser, job.groups, call, **how, progress=progress)
+    dense = times.dense_nanoseconds
+
+    def fit(job: Job) -> Plan:
+        return fit_speedup(
+            lambda limit: job.plan(profile=times, limit=limit),
+            lambda plan: timed(job.denoiser, job.groups, plan, call),
+            dense,
+            least_nanoseconds(job.groups, job.recipe, job.settings, times),
+            dense / job.budget.limit(dense),
+        )
+
+    return fit
+
+
+def as_good(job: Job) -> Plan:
+    """The fit to an error: the fewest MACs whose plan loses no more than that."""
+    assert job.budget.largest_error is not None
+    goal = job.budget.largest_error
+    return fit_error(lambda goal: job.plan(largest_error=goal), job.lost, goal)
+
+
+def best_of(job: Job, fit: Callable[[Job], Plan]) -> Plan:
+    """A plan that may remove layers, unless one that keeps them is better, as measured.
+
+    Without a layer errors are large, and several may add up to more than their sum.
+    """
+    plan = fit(job.removing())
+    if not plan.figures.get("layers_removed"):
+        return plan
+    try:
+        keeping = fit(job)
+    except SlimdiffError:  # out of reach for them
+        return plan
+    if job.budget.largest_error is not None:
+        return min(plan, keeping, key=lambda made: int(made.figures["macs"]))
+    return min(plan, keeping, key=job.lost)
