@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.components import is_slim, read_denoiser, read_encoder, slim_names
+from slimdiff.components import absent_components, is_slim, read_denoiser, read_encoder, slim_names
 from slimdiff.denoiser import ENCODERS, NAMES, denoiser_of, slim_components
 from slimdiff.errors import SlimdiffError
 from slimdiff.folders import reading, replacing
@@ -23,7 +23,6 @@ from slimdiff.integrity import (
     ENCODER_WEIGHTS,
     INDEX_FILE,
     WEIGHTS,
-    absent_components,
     check_savable,
     config_of,
     is_encoder,

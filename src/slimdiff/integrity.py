@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,27 +231,3 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
             f"{path}: does not fit {CONFIG_FILE} ({wrong} differs); it is the plan of another "
             f"model, copy the one that was saved with these weights"
         )
-
-
-def absent_components(folder: Path) -> dict[str, None]:
-    """Components that a pipeline's folder was saved without though its class asks for them, such as
-    SD3's T5 encoder.
-
-    Diffusers loads such a folder when it is told of each that it is None.
-
-    Raises:
-        SlimdiffError: the folder has no index.
-    """
-    import diffusers
-
-    index = read_json(folder / INDEX_FILE)
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
-    optional = getattr(pipeline, "_optional_components", ())
-    absent = [name for name, value in index.items() if value == [None, None]]
-    return dict.fromkeys(name for name in absent if name not in optional)
-
-
-def loading_call(folder: str, absent: Iterable[str]) -> str:
-    """How plain diffusers loads a pipeline's folder."""
-    more = "".join(f", {name}=None" for name in absent)
-    return f'DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True{more})'

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimdiff.denoiser import ENCODERS, slim_components
-from slimdiff.integrity import absent_components, loading_call
+from slimdiff.components import absent_components, loading_call
 from slimdiff.plan import Entry, Plan
 from slimdiff.report.names import width_name
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimdiff.cli import console
 from slimdiff.errors import SlimdiffError
-from slimdiff.integrity import absent_components, loading_call
+from slimdiff.components import absent_components, loading_call
 from slimdiff.plan import Plan
 
 COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
