@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.denoiser import ENCODERS, slim_components
 from slimdiff.components import absent_components, loading_call
+from slimdiff.denoiser import ENCODERS, slim_components
 from slimdiff.plan import Entry, Plan
 from slimdiff.report.names import width_name
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff.cli import console
-from slimdiff.errors import SlimdiffError
 from slimdiff.components import absent_components, loading_call
+from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
 COLUMNS = {"": "left", "dense": "right", "slim": "right", "stays": "right"}
