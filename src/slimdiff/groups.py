@@ -63,9 +63,8 @@ class Attention:
     something else forbids to mix their channels (rotary positions, another product than a softmax).
 
     `heads` names the attribute that counts the heads. Products of queries and keys are divided by
-    the root of their width, but for an `unscaled` layer. A `tied` layer takes one width for
-    queries, keys and values; heads of a `fixed_heads` layer cannot go one by one (a bias is added
-    to the products of each).
+    the root of their width unless `unscaled`. `tied`: queries, keys and values have one width;
+    `fixed_heads`: no head can go (each has a bias on its products).
     """
 
     path: str
@@ -169,8 +168,7 @@ class Family:
         blocks: where its layers are.
         inputs: maps the denoiser's config to the shapes of one forward's arguments (batch 1).
         kept: what does not shrink -> why, for the reader.
-        text: it is a text encoder: what it is given are token ids, and where an `attention_mask` is
-            0 they are padding that nothing looks at.
+        text: it is a text encoder: it gets token ids, padding where an `attention_mask` is 0.
     """
 
     denoiser: str

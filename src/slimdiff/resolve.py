@@ -28,7 +28,7 @@ ADAPTER_HINT = (
     "pipe.unload_ip_adapter())"
 )
 NATURE = ("unscaled", "tied", "fixed_heads")
-"""What an attention layer's data says that its groups say too."""
+"""Said of an attention layer, and of its groups."""
 
 
 def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
@@ -69,10 +69,7 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
 
 
 def _found(block: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return block.get_submodule(path)
-    except AttributeError:
-        return None
+    return dict(block.named_modules()).get(path)
 
 
 def _is_removed(layer: nn.Module) -> bool:
