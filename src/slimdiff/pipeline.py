@@ -62,8 +62,7 @@ def compress(
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
-        results: file to write what was done to, for `slimdiff report`.
-        pictures: how many of the first prompts are drawn before and after, for these results.
+        results, pictures: file for `slimdiff report`, and how many prompts are drawn for it.
         progress: called with (stage, done, in all).
 
     Raises:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import OUTPUTS, Group, layer_at, stem
 from slimdiff.plan import Plan
@@ -81,7 +82,7 @@ def _refuse_if_it_stays(
 
 def removed_from(denoiser: nn.Module) -> dict[str, int]:
     """Paths of the layers that a slim denoiser lacks, with the channels that they put out."""
-    slim = dict(getattr(denoiser, "config", {})).get("slimdiff") or {}
+    slim = settings(denoiser).get("slimdiff") or {}
     return dict(slim.get("constants", {}))
 
 

@@ -94,14 +94,10 @@ def compress(
     job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature, component)
     if low_memory:
         return _stream(where, out, statistics, job, variant)
-    image: dict[str, Any] = {"seed": seed, "height": height, "width": width}
-    config = CalibrationConfig(
-        num_inference_steps=steps,
-        batch_size=batch_size,
-        **models.sampling(where, guidance, text_tokens) | image,
-        num_probes=num_probes,
-        timestep_weights=timestep_weights,  # type: ignore[arg-type]  # refused if unknown
-    )
+    call = models.sampling(where, guidance, text_tokens)
+    call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
+    call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
+    config = CalibrationConfig(num_inference_steps=steps, **call)
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
