@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rendering import made_by, table
+from slimdiff.metrics import wilson
 
 ERROR = "velocity_error"
 
@@ -137,4 +138,23 @@ def low_memory(result: dict[str, Any]) -> str:
         f"{figures['params'] / 1e9:.2f} billion parameters, uniform widths, rewritten from shards "
         f"to shards: {stage['seconds']:.0f} s, peak {peak:.1f} GiB for the whole process "
         f"({before:.1f} before).\n\n{made_by(result)}\n"
+    )
+
+
+def many(result: dict[str, Any]) -> str:
+    """Scene accuracy on many prompts."""
+    sums: dict[str, list[int]] = {}
+    for name, row in result["rows"].items():
+        counts = sums.setdefault(name.split()[0], [0, 0, row["params"]])
+        counts[0] += row["right"]
+        counts[1] += row["of"]
+    cells = []
+    for name, (right, of, params) in sums.items():
+        low, high = wilson(right, of)
+        cells.append([name, str(params), f"{right} of {of}", f"{low:.2%} to {high:.2%}"])
+    return (
+        f"## Many test prompts, on scenes-unet\n\nWhole scenes right, both pipelines under bfloat16 "
+        f"autocast, after calibration on {result['settings']['calibration_prompts']} prompts.\n\n"
+        f"{table(('', 'parameters of the UNet', 'scenes right', '95 %'), cells)}\n\n"
+        f"{made_by(result)}\n"
     )

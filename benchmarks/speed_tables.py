@@ -73,7 +73,7 @@ def scale(results: Sequence[dict[str, Any]]) -> str:
         )
         how = f"{result['recipe']}, {result['allocation']}"
         rows.append([result["model"], size, run, how, *cells])
-    head = ("UNet", "parameters", "dtype, latents", "recipe, allocation", *stages)
+    head = ("denoiser", "parameters", "dtype, latents", "recipe, allocation", *stages)
     commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
     return (
         "## Scale\n\nPublished configurations with random weights, one process each: seconds and "

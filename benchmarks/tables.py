@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence_tables import evidence, headline, whole
 from family_tables import families, kept
-from further_tables import chosen, low_memory, refinements, removal, transformer
+from further_tables import chosen, low_memory, many, refinements, removal, transformer
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -85,6 +85,7 @@ def half(result: dict[str, Any]) -> str:
 
 
 OTHERS = {
+    "many": many,
     "removal": removal,
     "refinements": refinements,
     "elastic": elastic,
