@@ -153,8 +153,8 @@ def many(result: dict[str, Any]) -> str:
         low, high = wilson(right, of)
         cells.append([name, str(params), f"{right} of {of}", f"{low:.2%} to {high:.2%}"])
     return (
-        f"## Many test prompts, on scenes-unet\n\nWhole scenes right, both pipelines under bfloat16 "
-        f"autocast, after calibration on {result['settings']['calibration_prompts']} prompts.\n\n"
+        f"## Many test prompts, on scenes-unet\n\nWhole scenes right, both pipelines under bfloat16"
+        f" autocast, after calibration on {result['settings']['calibration_prompts']} prompts.\n\n"
         f"{table(('', 'parameters of the UNet', 'scenes right', '95 %'), cells)}\n\n"
         f"{made_by(result)}\n"
     )
