@@ -256,6 +256,7 @@ BAD = {
     "not a number": (["{job}", "--steps", "many"], "--steps"),
     "unknown recipe": (["{job}", "--recipe", "best"], "known: slimdiff, paper, magnitude"),
     "unknown allocation": (["{job}", "--allocation", "best"], "known: probed, entropic"),
+    "no layers": (["{job}", "--layers", ""], "--layers is empty"),
     "unknown dtype": (["{job}", "--dtype", "int3"], "expected auto, float32"),
     "unknown device": (["{job}", "--device", "abacus"], "--device abacus"),
     "out is the model": (["{job}", "-o", "{dense}"], "is the model itself"),

@@ -22,6 +22,8 @@ class Recorded:
         self.dense, self.statistics = folder / "dense", folder / "statistics"
         self.pipe: Any = tiny_pipeline()
         self.pipe.save_pretrained(self.dense)
+        (self.dense / "README.md").write_text("the dense model's card")
+        (self.dense / "LICENSE").write_text("free")
         config = slimdiff.CalibrationConfig(num_inference_steps=2)
         slimdiff.calibrate(self.pipe, ["a ring", "a star"], config, checkpoint=self.statistics)
 
@@ -44,6 +46,10 @@ def test_the_command_gives_what_memory_gives(recorded: Recorded, tmp_path: Path)
     slimdiff.rewrite(pipe.unet, statistics, plan)
     loaded = slimdiff.load_pipeline(tmp_path / "slim")
     assert loaded.unet.slim_record.plan.entries == plan.entries
+    assert loaded.unet.slim_record.plan.figures["macs"] == plan.figures["macs"]
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert (tmp_path / "slim" / "LICENSE").read_text() == "free"
+    assert f"to {plan.figures['params']:,}" in card and 'load_pipeline("slim")' in card
     for key, tensor in pipe.unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], tensor), key
 

@@ -41,9 +41,10 @@ def component_of(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         return denoiser_of(pipe)
     module = _module(pipe, name)
     if module is None or name not in (*NAMES, *ENCODERS):
+        there = [own for own in (*NAMES, *ENCODERS) if _module(pipe, own) is not None]
         raise SlimdiffError(
-            f"{type(pipe).__name__}: component {name!r} cannot shrink (found: {_found(pipe)}); "
-            f"expected one of {', '.join((*NAMES, *ENCODERS))} that the pipeline has"
+            f"{type(pipe).__name__}: has no component {name!r} that can shrink; expected one of "
+            f"{', '.join(there)}"
         )
     return name, module
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from slimdiff import costs
@@ -16,6 +17,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand
+from slimdiff.probes import Probes
 from slimdiff.rewrite import refuse_slim
 from slimdiff.shards import Shards
 from slimdiff.statistics import Statistics
@@ -63,6 +65,7 @@ def compress_folder(
     component = denoiser_folder(folder)
     denoiser = _typed(on_meta(component), Shards(component, variant))
     stored = Statistics.open(statistics)
+    _cast(stored.probes, next(denoiser.parameters()).dtype)
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
     if budget is not None:
@@ -74,7 +77,9 @@ def compress_folder(
         assert plan is not None
         refuse_slim(denoiser)
         groups = groups_of(denoiser)
-        counted = costs.measure(denoiser, groups, costs.example_inputs(denoiser))
+        probes = stored.probes.batches(1)
+        call = probes[0] if probes else costs.example_inputs(denoiser)
+        counted = costs.measure(denoiser, groups, call)
         plan = by_hand(plan, groups, counted)
     plan.figures["calibration"] = stored.source
     begun = time.perf_counter()
@@ -90,6 +95,14 @@ def _typed(denoiser: nn.Module, shards: Shards) -> nn.Module:
     return nn.Module.to(
         denoiser, shards.read(first).dtype
     )  # diffusers' own warns about float32 parts
+
+
+def _cast(probes: Probes, dtype: torch.dtype) -> None:
+    """Probes may have been kept in another dtype than the weights have on disk."""
+    for probe in probes.rows.values():
+        for name, tensor in probe.tensors.items():
+            if tensor.is_floating_point() and tensor.ndim > 1:
+                probe.tensors[name] = tensor.to(dtype)
 
 
 def _refuse_forwards(budget: Budget, allocation: str) -> None:

@@ -160,7 +160,7 @@ def _groups(component: str, plan: Plan) -> str:
         (
             f"`{name}`",
             entry.kind.replace("_", "-"),
-            f"{entry.dense_heads} to {entry.heads}" if entry.heads != entry.dense_heads else "",
+            _heads(entry),
             f"{entry.width}" if entry.is_full else _narrowed(entry),
         )
         for name, entry in plan.entries.items()
@@ -172,6 +172,13 @@ def _groups(component: str, plan: Plan) -> str:
         f"Width is channels per head for attention, hidden units for feed-forward, inner "
         f"channels for a ResNet. A layer that was removed puts out its mean.\n\n</details>"
     )
+
+
+def _heads(entry: Entry) -> str:
+    if entry.dense_heads == 1:
+        return ""
+    changed = entry.heads != entry.dense_heads
+    return f"{entry.dense_heads} to {entry.heads}" if changed else f"{entry.heads}"
 
 
 def _narrowed(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from slimdiff.plan import Entry, Plan
 from slimdiff.profile import Profile
 from slimdiff.recipes import importances
 from slimdiff.statistics import Statistics
+
+logger = logging.getLogger(__name__)
 
 
 def make_plan(
@@ -153,6 +156,11 @@ def check_budget(
             f"{budget.describe()} leaves {limit:,} {metric}, but the smallest possible is "
             f"{smallest:,} of {total:,} ({math.ceil(1000 * smallest / total) / 1000:.3f}): "
             f"{_advice(budget, total - smallest)}"
+        )
+    if limit > total:
+        logger.warning(
+            "warning: %s allows %s %s and there are %s: nothing has to go",
+            *(budget.describe(), f"{limit:,}", metric, f"{total:,}"),
         )
     return limit
 

@@ -149,15 +149,18 @@ class Statistics:
 
     @classmethod
     def open(cls, folder: str | Path) -> Statistics:
-        """As `load`, but each sum is read when it is asked for; none can be added to, no probes.
+        """As `load`, but each sum is read when it is asked for, and none can be added to.
 
         Raises:
             SlimdiffError: the file is missing, damaged or of a newer version.
         """
+        from safetensors import safe_open
+
         path = Path(folder) / WEIGHTS_FILE
         header = read_header(path)
-        header["probes"]["constants"] = {}
-        statistics = cls._from(header, {})
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if not name.startswith(SUM)]
+            statistics = cls._from(header, {name: file.get_tensor(name).clone() for name in names})
         statistics.sums = StoredSums(path)  # type: ignore[assignment]  # read like a dict
         return statistics
 

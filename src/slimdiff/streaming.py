@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from slimdiff.families import groups_of
 from slimdiff.folders import read_json, reading, replacing
 from slimdiff.groups import Group
 from slimdiff.integrity import CONFIG_FILE, WEIGHTS, class_of, config_of
-from slimdiff.plan import Plan
+from slimdiff.model_card import write_model_card
+from slimdiff.plan import Plan, SlimRecord
 from slimdiff.recipes import check_statistics
 from slimdiff.removal import check_removed
 from slimdiff.rewrite import refuse_slim, slim_groups_
@@ -181,6 +183,10 @@ def rewrite_pipeline_folder(
         rewrite_folder(folder / name, new / name, statistics, plan, **options)
         index[name] = [MODULE, f"Slim{plan.denoiser}"]
         (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        slim = on_meta(new / name)
+        slim.slim_record = SlimRecord(plan, {})  # type: ignore[assignment]  # no tensor
+        parts = {name: slim, "components": {name: slim}, "name_or_path": str(folder)}
+        write_model_card(SimpleNamespace(**parts), new, Path(out).resolve().name)
     return Path(out)
 
 
@@ -200,6 +206,9 @@ def denoiser_folder(folder: str | Path) -> Path:
 def _leave_out(component: Path) -> Callable[[str, list[str]], set[str]]:
     def ignored(where: str, names: list[str]) -> set[str]:
         hidden = {name for name in names if name.startswith(".")}
-        return hidden | ({component.name} if Path(where) == component.parent else set())
+        if Path(where) != component.parent:
+            return hidden
+        stale = {name for name in names if (component.parent / name).is_file()}
+        return hidden | {component.name} | {n for n in stale if not n.startswith("LICENSE")}
 
     return ignored

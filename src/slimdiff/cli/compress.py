@@ -14,7 +14,6 @@ from slimdiff.denoiser import ENCODERS, NAMES
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 
-PLAN_FILE = "slimdiff.json"
 DEFAULT_SHARE = "0.9"
 
 
@@ -190,7 +189,7 @@ def _usable(where: models.Source, out: Path, component: str | None) -> Path:
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
     for name in NAMES if component is None else [component]:
-        if (Path(where.path) / name / PLAN_FILE).is_file():
+        if (Path(where.path) / name / models.PLAN_FILE).is_file():
             raise SlimdiffError(
                 f"{where.path}: {name} is slim already; start from the dense model, with a smaller "
                 f"budget"

@@ -16,8 +16,8 @@ The seed alone decides an image's initial noise, whatever the batch size and the
 
 **Examples**
 
-- `slimdiff generate --prompt "a large red circle left on navy background" --seed 7`
-- `slimdiff generate scenes-unet-slim --prompt "a blue ring" --prompt "a red square" -o out.png`
+- `slimdiff generate --prompt "a large red circle top left on navy background" --seed 7`
+- `slimdiff generate scenes-unet-slim --prompts captions.txt -o out.png`
 """
 
 COMPARE = """Draw the same prompts and seeds with two pipelines, dense above slim, in one PNG.

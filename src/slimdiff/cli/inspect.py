@@ -46,19 +46,28 @@ def inspect(
     variant: options.Variant = None,
 ) -> None:
     """What the denoiser is made of; `HELP` is what the command line shows."""
-    pipe = models.load(models.source(model), "auto", "cpu", variant)
+    where = models.source(model)
+    pipe = models.load(where, "auto", "cpu", variant)
     from slimdiff.denoiser import component_of
 
     name, denoiser = component_of(pipe, component)
-    rows, totals = measure(denoiser, _inputs(pipe, component))
+    inputs = _inputs(pipe, component, models.sampling(where, None, None, pipe))
+    rows, totals = measure(denoiser, inputs)
     if as_json:
         groups = [vars(row) for row in rows]
         report = {"denoiser": type(denoiser).__name__, **totals, "groups": groups}
         console.out().print_json(json.dumps(report | {"kept": _kept(denoiser)}))
     else:
         _show(f"{type(denoiser).__name__} ({name})", rows, totals, component or "denoiser")
+        if inputs is not None:
+            console.out().print(f"MACs are those of a call with {_shapes(inputs)}.")
         for what, why in _kept(denoiser).items():
-            console.out().print(f"Does not shrink: {what}; {why}.")
+            console.out().print(f"Does not shrink, where there are any: {what}; {why}.")
+
+
+def _shapes(inputs: dict[str, Any]) -> str:
+    sizes = {name: getattr(value, "shape", ()) for name, value in inputs.items()}
+    return ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items() if len(size) > 1)
 
 
 def _kept(denoiser: Any) -> dict[str, str]:
@@ -68,12 +77,12 @@ def _kept(denoiser: Any) -> dict[str, str]:
     return dict(family_of(denoiser).kept)
 
 
-def _inputs(pipe: Any, component: str | None) -> dict[str, Any] | None:
+def _inputs(pipe: Any, component: str | None, call: dict[str, Any]) -> dict[str, Any] | None:
     """What the pipeline passes to the component; None if it takes more than a prompt."""
     from slimdiff.evaluate.sampling import first_call, one_row_of
 
     try:
-        return one_row_of(first_call(pipe, component=component))
+        return one_row_of(first_call(pipe, component=component, **call))
     except (TypeError, ValueError, RuntimeError):
         return None
 

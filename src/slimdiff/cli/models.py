@@ -9,12 +9,14 @@ from typing import Any
 
 from slimdiff.cli import console
 from slimdiff.errors import SlimdiffError
+from slimdiff.plan import Plan
 from slimdiff.prompts import read_prompts
 
 BUNDLED, BUNDLED_GUIDANCE = "scenes-unet", 3.0
 BUNDLED_TEXT_TOKENS = {"scenes-dit": 1, "scenes-dit-qknorm": 1}
 """They have no T5 encoder: one token of zeros says as much as 256."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PLAN_FILE = "slimdiff.json"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -118,11 +120,7 @@ def sampling(
 ) -> dict[str, Any]:
     """`guidance_scale` and `max_sequence_length` to sample with: as asked, as the reference is
     meant for, or as a slim pipeline was calibrated; None is the pipeline's own."""
-    from slimdiff.denoiser import slim_components
-
-    slim = {} if pipe is None else slim_components(pipe)
-    records = [getattr(module, "slim_record", None) for module in slim.values()]
-    found = [record.plan.figures.get("calibration", {}) for record in records if record]
+    found = [plan.figures.get("calibration", {}) for plan in _plans(where, pipe)]
     config = found[0].get("config", {}) if found else {}
     chosen = {
         "guidance_scale": (guidance, where.guidance),
@@ -132,6 +130,17 @@ def sampling(
         name: next((value for value in values if value is not None), config.get(name))
         for name, values in chosen.items()
     }
+
+
+def _plans(where: Source, pipe: Any) -> list[Plan]:
+    """Those of slim components, of a pipeline or, while it is not loaded, of its folder."""
+    from slimdiff.denoiser import ENCODERS, NAMES, slim_components
+
+    if pipe is None:
+        files = [Path(where.path) / name / PLAN_FILE for name in (*NAMES, *ENCODERS)]
+        return [Plan.read(file) for file in files if file.is_file()]
+    records = [getattr(module, "slim_record", None) for module in slim_components(pipe).values()]
+    return [record.plan for record in records if record]
 
 
 def prompts(where: Source, path: Path | None, n: int | None, split: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slimdiff.config import CalibrationConfig
+from slimdiff.errors import SlimdiffError
 
 CALIBRATION = {field.name: field for field in fields(CalibrationConfig)}
 
@@ -52,7 +53,13 @@ Quality = Annotated[
 
 
 def names(listed: str | None) -> list[str] | None:
-    """Names that were given with commas between them."""
+    """Names that were given with commas between them.
+
+    Raises:
+        SlimdiffError: the list is empty.
+    """
+    if listed is not None and not listed.strip():
+        raise SlimdiffError("--layers is empty; name some, or leave it out for all")
     return [name.strip() for name in listed.split(",")] if listed else None
 
 

@@ -50,8 +50,18 @@ def show(plan: Plan, out: Path, checkpoint: Path, model: str | None) -> None:
     page.print("  from diffusers import DiffusionPipeline", soft_wrap=True)
     call = loading_call(str(out), absent_components(out))
     page.print(f"  pipe = {call}", soft_wrap=True, markup=False)
+    if recorded := _sampling(plan):
+        page.print(f"  image = pipe(prompt, {recorded}).images[0]", soft_wrap=True, markup=False)
     if model is not None:
         write_page(model, out)
+
+
+def _sampling(plan: Plan) -> str:
+    """How calibration sampled, as arguments of the pipeline's call."""
+    config = plan.figures.get("calibration", {}).get("config") or {}
+    names = ("num_inference_steps", "guidance_scale", "max_sequence_length")
+    given = {name: config.get(name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 def _table(plan: Plan, title: str) -> Any:
