@@ -61,7 +61,7 @@ class Removal:
         }
         self.rows = Rows("removal", settings)
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019  (one object, which lives as long as the process)
     def job(self, draw: int, spread: bool, share: float) -> Job:
         """What is needed to make plans from one draw of probes."""
         statistics, curves = self.drawn(draw, spread)
@@ -69,7 +69,7 @@ class Removal:
         settings = Allocation("probed")
         return Job(self.unet, statistics, budget, RECIPES["slimdiff"], settings, None, curves)
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019  (one object, which lives as long as the process)
     def drawn(self, draw: int, spread: bool) -> tuple[slimdiff.Statistics, Any]:
         """The statistics with one draw of probes, and their curves."""
         probes = (Probes if spread else RandomProbes)(16, draw)
@@ -110,7 +110,7 @@ def main() -> None:
             for share in SHARES:
                 measured.rows.measure(
                     f"{share} {name} {draw}",
-                    lambda: measured.row(draw, spread, share, removing),  # noqa: B023
+                    lambda: measured.row(draw, spread, share, removing),  # noqa: B023  (called at once)
                 )
 
 

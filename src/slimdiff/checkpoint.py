@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.components import absent_components, is_slim, read_denoiser, read_encoder, slim_names
+from slimdiff.components import absent_components, is_slim, read_component, slim_names
 from slimdiff.denoiser import ENCODERS, NAMES, denoiser_of, slim_components
 from slimdiff.errors import SlimdiffError
 from slimdiff.folders import reading, replacing
@@ -25,7 +25,6 @@ from slimdiff.integrity import (
     WEIGHTS,
     check_savable,
     config_of,
-    is_encoder,
     record_of,
 )
 
@@ -110,8 +109,8 @@ def load(
     folder = Path(path)
     config = config_of(folder)
     slim = config.get("slimdiff")
-    read = read_encoder if is_encoder(config) else read_denoiser
-    model, info = read(folder, config, torch_dtype, device_map, variant, bool(slim and verify))
+    how = (torch_dtype, device_map, variant, bool(slim and verify))
+    model, info = read_component(folder, config, *how)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise SlimdiffError(

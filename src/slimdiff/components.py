@@ -16,8 +16,10 @@ from slimdiff.integrity import (
     CONFIG_FILE,
     ENCODER_WEIGHTS,
     INDEX_FILE,
+    WEIGHTS,
     class_of,
     encoder_class_of,
+    is_encoder,
     refuse_missing_weights,
     verify_manifest,
 )
@@ -51,7 +53,7 @@ def slim_names(folder: Path) -> list[str]:
     ]
 
 
-def read_denoiser(
+def read_component(
     folder: Path,
     config: Mapping[str, Any],
     torch_dtype: torch.dtype | None,
@@ -59,15 +61,20 @@ def read_denoiser(
     variant: str | None,
     verify: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of diffusers, and which of its weights were missing or superfluous.
+    """A model, and which of its weights were missing or superfluous.
+
+    Diffusers reads in float32 if no dtype is given, transformers in what it finds: here both do as
+    diffusers.
 
     Raises:
         SlimdiffError: the folder is damaged, or its class unknown.
     """
-    model_class = class_of(config, folder)
+    encoder = is_encoder(config)
+    model_class = (encoder_class_of if encoder else class_of)(config, folder)
     if verify:
         verify_manifest(folder)
-    refuse_missing_weights(folder, variant)
+    refuse_missing_weights(folder, variant, ENCODER_WEIGHTS if encoder else WEIGHTS)
+    dtype = {"dtype": torch_dtype or torch.float32} if encoder else {"torch_dtype": torch_dtype}
     with reading(folder):
         model, info = model_class.from_pretrained(
             str(folder),
@@ -75,36 +82,7 @@ def read_denoiser(
             variant=variant,
             use_safetensors=True,
             output_loading_info=True,
-            torch_dtype=torch_dtype,
-        )
-    return model, info
-
-
-def read_encoder(
-    folder: Path,
-    config: Mapping[str, Any],
-    torch_dtype: torch.dtype | None,
-    device_map: Any,
-    variant: str | None,
-    verify: bool,
-) -> tuple[Any, dict[str, Any]]:
-    """As `read_denoiser`, for a text encoder; float32 if no dtype is given, as there.
-
-    Raises:
-        SlimdiffError: the folder is damaged, or its class unknown.
-    """
-    model_class = encoder_class_of(config, folder)
-    if verify:
-        verify_manifest(folder)
-    refuse_missing_weights(folder, variant, ENCODER_WEIGHTS)
-    with reading(folder):
-        model, info = model_class.from_pretrained(
-            str(folder),
-            device_map=device_map,
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch_dtype or torch.float32,
+            **dtype,
         )
     return model, info
 
