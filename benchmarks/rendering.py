@@ -14,6 +14,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_by(result: dict[str, Any]) -> str:
-    """The machine and the command of a result."""
-    m = result["machine"]
-    return f"`{m['command']}` on {m['cpu']}, {m['threads']} threads, torch {m['torch']}."
+    """The machine and the command of a result, and a note that goes when it is measured again."""
+    m, note = result["machine"], result.get("note", "")
+    made = f"`{m['command']}` on {m['cpu']}, {m['threads']} threads, torch {m['torch']}."
+    return f"{made} {note}".strip()
