@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,14 @@ def build(shape: Shape, seed: int = 0) -> Any:
         torch.set_default_dtype(before)
 
 
+def _defaults(denoiser: str) -> dict[str, Any]:
+    """What a configuration that leaves a setting out means by it."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, denoiser).__init__).parameters
+    return {name: given.default for name, given in parameters.items() if name != "self"}
+
+
 def inputs(shape: Shape, seed: int) -> dict[str, Any]:
     """Keyword arguments of one forward, batch 1: random, but for the timestep and the size."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +119,8 @@ def inputs(shape: Shape, seed: int) -> dict[str, Any]:
             return value.value
         return torch.randn(value, generator=generator).to(shape.dtype)
 
-    sizes = FAMILIES[shape.denoiser].inputs(shape.config | {"sample_size": shape.latents})
+    config = _defaults(shape.denoiser) | shape.config | {"sample_size": shape.latents}
+    sizes = FAMILIES[shape.denoiser].inputs(config)
     call = filled(sizes) | {"timestep": torch.tensor([999 - 400 * (seed % 2)])}
     if "time_ids" in call.get("added_cond_kwargs", {}):
         side = float(8 * shape.latents)
