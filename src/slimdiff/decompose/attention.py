@@ -1,7 +1,7 @@
 """Decompositions of attention: query-key, value-output and whole heads.
 
 Shape letters: `h` heads, `e` dense and `r` slim width of a head, `i` = h e inner channels,
-`o` output channels. Moments are uncentred, E[x x^T], unless the caller centred them.
+`o` outputs. Moments are uncentred, E[x x^T], unless the caller centred them.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from slimdiff.decompose.linalg import (
     tail_sums,
     triangular_factor,
 )
+from slimdiff.decompose.mixing import even_mix
 
 SIGMA_FLOOR = 1e-10
 """Singular values below this share of a head's largest are rounding; they get no map."""
@@ -41,10 +42,8 @@ class QueryKey(Decomposition):
         return {"q": _eyes(self.query_hee), "k": _eyes(self.key_hee)}
 
     def _slim(self, width: int) -> dict[str, Tensor]:
-        return {
-            "q": self.query_hee[..., :width].contiguous(),
-            "k": self.key_hee[..., :width].contiguous(),
-        }
+        mix_rr = even_mix(width, self.query_hee)
+        return {"q": self.query_hee[..., :width] @ mix_rr, "k": self.key_hee[..., :width] @ mix_rr}
 
 
 def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
@@ -112,7 +111,9 @@ class ValueOutput(Decomposition):
 
     def _slim(self, width: int) -> dict[str, Tensor]:
         out_ik = self._joint_out(width) if self.joint else self._separate_out(width)
-        return {"v": self.basis_hee[..., :width].contiguous(), "out": out_ik}
+        mix_rr = even_mix(width, self.basis_hee)
+        out_ik = (out_ik.unflatten(1, (len(self.basis_hee), width)) @ mix_rr).flatten(1)
+        return {"v": self.basis_hee[..., :width] @ mix_rr, "out": out_ik}
 
     def _joint_out(self, width: int) -> Tensor:
         heads, e, _ = self.basis_hee.shape
@@ -237,8 +238,7 @@ def _eyes(like_hee: Tensor) -> Tensor:
 def _head_shape(moment_hee: Tensor, name: str) -> tuple[int, int, int]:
     if moment_hee.ndim != 3 or moment_hee.shape[1] != moment_hee.shape[2]:
         raise ValueError(f"{name} must be (heads, e, e), got {tuple(moment_hee.shape)}")
-    heads, e, _ = moment_hee.shape
-    return heads, e, e
+    return (*moment_hee.shape[:2], moment_hee.shape[1])
 
 
 def _check_output(w_out_oi: Tensor, heads: int) -> None:
