@@ -76,4 +76,5 @@ def test_compress_writes_what_it_did(tmp_path):
     for row in found["groups"]:
         curve = row["curve"]
         assert row["width"] in curve["widths"] and row["dense_width"] == curve["widths"][-1]
-        assert len(curve["errors"]) == len(curve["widths"]) and curve["errors"][-1] < 1e-9
+        assert len(curve["errors"]) == len(curve["widths"])
+        assert curve["errors"][-1] < 1e-9 or row["heads"] < row["dense_heads"]
