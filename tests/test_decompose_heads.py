@@ -106,12 +106,11 @@ def test_values_of_some_heads_are_the_least_squares_solution(
     maps = decompose.maps_of_heads(found, heads_k, width)
     z_slim, y_no = slim_values(z_ni, maps), z_ni @ w_oi.mT
     measured = (y_no - z_slim @ (w_oi @ maps["out"]).mT).square().sum() / TOKENS
-    order_h = torch.tensor([*sorted(kept), *sorted(set(range(HEADS)) - kept)])
-    by_heads = decompose.errors_by_heads(query_key, found, w_oi, order_h, [len(kept)])
+    by_width = decompose.head_errors(query_key, w_oi, full_moment(z_ni), EXACT).of(heads_k)[1]
     scale = float(found.errors[0])
     expected = least_squares(z_slim, y_no)
     assert_close(measured, expected, rtol=1e-5, atol=1e-10 * scale)
-    assert_close(by_heads[len(kept)][1][width], measured, rtol=1e-5, atol=1e-10 * scale)
+    assert_close(by_width[width], measured, rtol=1e-5, atol=1e-10 * scale)
     effective_oi = decompose.effective_output(w_oi, maps)
     assert_close(z_ni @ effective_oi.mT, z_slim @ (w_oi @ maps["out"]).mT)
     gone = [h for h in range(HEADS) if h not in kept]
@@ -123,14 +122,12 @@ def test_values_of_some_heads_are_the_least_squares_solution(
 def test_logits_of_heads_that_went_do_not_matter(kept: list[int], width: int) -> None:
     q_ni, k_ni, heads_k = samples(0), samples(1, tokens=40), torch.tensor(kept)
     found = decompose.query_key(head_moments(q_ni), head_moments(k_ni))
-    values = found_of(q_ni, samples(2), weight(0))[1]
-    order_h = torch.tensor([*kept, *({0, 1, 2} - set(kept))])
-    by_heads = decompose.errors_by_heads(found, values, weight(0), order_h, [len(kept)])
+    by_width = decompose.head_errors(found, weight(0), full_moment(samples(2))).of(heads_k)[0]
     maps = decompose.maps_of_heads(found, heads_k, width)
     q_hne, k_hne = split(q_ni)[kept], split(k_ni)[kept]
     slim_hnn = (q_hne @ maps["q"]) @ (k_hne @ maps["k"]).mT
     measured = (q_hne @ k_hne.mT - slim_hnn).square().mean((1, 2)).sum()
-    assert_close(by_heads[len(kept)][0][width], measured, rtol=1e-6, atol=1e-11)
+    assert_close(by_width[width], measured, rtol=1e-6, atol=1e-11)
     w_id, bias_i, c_nd = torch.randn(INNER, 4).double(), torch.randn(INNER).double(), samples(3)
     w_eff, bias_eff = (decompose.effective_key(x, maps) for x in (w_id, bias_i))
     keys_hne = split(c_nd[:, :4] @ w_eff.mT + bias_eff)[kept]
@@ -146,7 +143,7 @@ def test_all_heads_are_as_without_a_choice() -> None:
             maps, chosen = found.maps(width), decompose.maps_of_heads(found, every, width)
             for name, value in maps.items():
                 assert_close(chosen[name], value, rtol=1e-6, atol=1e-8)
-    errors = decompose.errors_by_heads(*both, w_oi, every, [HEADS])[HEADS]
+    errors = decompose.head_errors(both[0], w_oi, full_moment(z_ni)).of(every)
     for found, by_width in zip(both, errors, strict=True):
         assert_close(by_width, found.errors, rtol=1e-8, atol=1e-12)
     assert_close(pair_error(q_ni, z_ni, both[0].maps(2)), errors[0][2], rtol=1e-6, atol=1e-12)
@@ -155,7 +152,8 @@ def test_all_heads_are_as_without_a_choice() -> None:
 def test_fewer_heads_and_narrower_ones_never_lose_less() -> None:
     both, w_oi = found_of(samples(0), samples(1), weight(2)), weight(2)
     order_h, lost = decompose.head_order(w_oi, both[1].moment, HEADS)
-    found = decompose.errors_by_heads(*both, w_oi, order_h, range(1, HEADS + 1))
+    errors = decompose.head_errors(both[0], w_oi, both[1].moment)
+    found = {count: errors.of(order_h[:count]) for count in range(1, HEADS + 1)}
     for count, (_, values) in found.items():
         assert (values[:-1] >= values[1:]).all()
         assert float(values[E]) == pytest.approx(lost[HEADS - count], rel=1e-6, abs=1e-9)
@@ -171,6 +169,9 @@ def test_singular_moments_give_finite_maps(tokens: int) -> None:
     order_h, lost = decompose.head_order(w_oi, moment_ii, HEADS)
     assert sorted(order_h.tolist()) == list(range(HEADS))
     found = decompose.value_output(w_oi, moment_ii, HEADS, refit=True)
+    logits = decompose.query_key(head_moments(z_ni), head_moments(z_ni))
+    errors = decompose.head_errors(logits, w_oi, moment_ii)
+    assert all(both.isfinite().all() for both in errors.of(order_h[:2]))
     for count, width in itertools.product(range(1, HEADS + 1), range(1, E + 1)):
         maps = decompose.maps_of_heads(found, order_h[:count].sort().values, width)
         assert all(value.isfinite().all() for value in maps.values())

@@ -16,7 +16,7 @@ from slimdiff import allocate, decompose
 from slimdiff.bundles import Allocation, between
 from slimdiff.config import Recipe, recipe_named
 from slimdiff.curves import ErrorCurve
-from slimdiff.decompose import QueryKey, ValueOutput
+from slimdiff.decompose import QueryKey
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Plan
@@ -70,7 +70,8 @@ def _by_heads(
 ) -> dict[str, ErrorCurve]:
     """The curves of one layer's halves, with errors by heads.
 
-    No more heads go than lose, at full width, what all heads lose at the least width.
+    Heads go as long as those that stay would lose less than all heads of the same inner channels,
+    at some width; and no more than lose, at full width, what all heads lose at the least width.
     """
     query, value = curves[qk.name], curves[vo.name]
     weight, moment, damping = output_moment(denoiser, vo, statistics, recipe)
@@ -79,36 +80,27 @@ def _by_heads(
     gain = value.gain_at(vo.width)
     largest = every[least] / gain if gain > 0 else math.inf
     order, lost = decompose.head_order(weight, moment, vo.heads, damping=damping, largest=largest)
-    counts = [
-        vo.heads - gone
-        for gone, error in enumerate(lost)
-        if gone and _may_pay(vo, vo.heads - gone, error, value, every, least)
-    ]
-    pairs: dict[int, tuple[Tensor, Tensor]] = {}
-    if counts:
-        both = [decompose_group(denoiser, group, statistics, recipe) for group in (qk, vo)]
-        assert isinstance(both[0], QueryKey) and isinstance(both[1], ValueOutput)
-        pairs = decompose.errors_by_heads(both[0], both[1], weight, order, counts)
+    queries: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    if len(lost) > 1:
+        logits = decompose_group(denoiser, qk, statistics, recipe)
+        assert isinstance(logits, QueryKey)
+        errors = decompose.head_errors(logits, weight, moment, damping)
+    for heads in range(vo.heads - 1, vo.heads - len(lost), -1):
+        queries[heads], values[heads] = (found.cpu() for found in errors.of(order[:heads]))
+        pair = replace(query, by_heads=queries), replace(value, by_heads=values)
+        if not any(
+            sum(curve.at(width, heads) for curve in pair)
+            < between(every, max(least, heads * width / vo.heads))
+            for width in range(least, vo.width + 1)
+        ):
+            del queries[heads], values[heads]
+            break
     order = order.cpu()
-    queries, values = ({n: pair[half].cpu() for n, pair in pairs.items()} for half in (0, 1))
     return {
         qk.name: replace(query, by_heads=queries, order=order),
         vo.name: replace(value, by_heads=values, order=order),
     }
-
-
-def _may_pay(
-    group: Group, heads: int, lost: float, value: ErrorCurve, every: Sequence[float], least: int
-) -> bool:
-    """Whether these heads can lose less than all heads of the same inner channels, at any width.
-
-    Narrow, they lose at least what they lose at full width, and what all heads lose as narrow.
-    """
-    return any(
-        value.gain_at(width) * max(lost, float(value.errors[width]))
-        < between(every, max(least, heads * width / group.heads))
-        for width in range(least, group.width + 1)
-    )
 
 
 def kept_heads(

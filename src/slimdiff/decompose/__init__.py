@@ -19,8 +19,9 @@ from slimdiff.decompose.effective import (
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
 from slimdiff.decompose.heads import (
+    HeadErrors,
     HeadSelection,
-    errors_by_heads,
+    head_errors,
     head_order,
     maps_of_heads,
     whole_heads,
@@ -35,6 +36,7 @@ __all__ = [
     "LAG_DAMPING",
     "Decomposition",
     "FeedForward",
+    "HeadErrors",
     "HeadSelection",
     "Modulation",
     "Order",
@@ -49,9 +51,9 @@ __all__ = [
     "effective_key",
     "effective_output",
     "elimination_order",
-    "errors_by_heads",
     "effective_modulation",
     "feed_forward",
+    "head_errors",
     "head_order",
     "maps_of_heads",
     "modulation",

@@ -170,9 +170,7 @@ def value_output(
     shape = (inner, inner) if moment.ndim == 2 else (heads, e, e)
     c_full = checked_moment(moment, "moment", shape)
     w_hoe = w_out_oi.double().view(o, heads, e).transpose(0, 1)
-    root_hee, missing = symmetric_root(_blocks(c_full, heads))
-    _, s_hk, vt_hko = torch.linalg.svd(root_hee @ w_hoe.mT, full_matrices=False)
-    basis_hee = torch.linalg.qr(w_hoe.mT @ vt_hko.mT, mode="complete").Q
+    basis_hee, s_hk, missing = value_basis(w_hoe, c_full)
     if refit:
         rotated_ii = rotated_joint(c_full, basis_hee)
         errors, missing = _joint_curve(w_hoe @ basis_hee, rotated_ii, damping)
@@ -180,6 +178,16 @@ def value_output(
         s_he = torch.nn.functional.pad(s_hk, (0, e - s_hk.shape[-1]))
         errors = tail_sums(s_he.square().sum(0))
     return ValueOutput(errors, missing, basis_hee, moment, joint=refit, damping=damping)
+
+
+def value_basis(w_hoe: Tensor, c_full: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Orthogonal directions (heads, e, e) of the values, most useful first (see `value_output`).
+
+    Then the singular values of the heads, and the directions that the worst of them lacks.
+    """
+    root_hee, missing = symmetric_root(_blocks(c_full, len(w_hoe)))
+    _, s_hk, vt_hko = torch.linalg.svd(root_hee @ w_hoe.mT, full_matrices=False)
+    return torch.linalg.qr(w_hoe.mT @ vt_hko.mT, mode="complete").Q, s_hk, missing
 
 
 def _joint_curve(w_rot_hoe: Tensor, c_ii: Tensor, damping: float) -> tuple[Tensor, int]:

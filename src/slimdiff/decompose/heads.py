@@ -3,20 +3,24 @@
 Shape letters as in `attention`; `k` heads that stay, ascending in maps.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slimdiff.decompose.attention import QueryKey, ValueOutput, rank_major, rotated_joint
+from slimdiff.decompose.attention import (
+    QueryKey,
+    ValueOutput,
+    rank_major,
+    rotated_joint,
+    value_basis,
+)
 from slimdiff.decompose.block_elimination import Eliminated, block_elimination
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.linalg import (
     DAMPING,
     checked_moment,
     damped,
-    refit_curve,
     tail_sums,
     triangular_factor,
 )
@@ -57,39 +61,60 @@ def head_order(
     return block_elimination(*terms, share_w, heads, damping, largest=largest)
 
 
-def errors_by_heads(
-    query_key: QueryKey,
-    value_output: ValueOutput,
-    w_out_oi: Tensor,
-    order_h: Tensor,
-    counts: Iterable[int],
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Errors (e + 1,) of both halves by width, when the first n heads of an order alone stay.
+@dataclass(frozen=True, eq=False)
+class HeadErrors:
+    """What both halves of an attention layer lose by width, where some heads alone stay.
 
-    Logits of a head that went do not matter. Values are predicted, all of Wo z, from the kept
-    directions of the heads that stay: in the order first direction of every such head, second, ...,
-    and then the heads that went, one triangular factor gives all widths.
+    Values are rotated to the directions that narrow heads keep, and ordered rank-major: the first
+    of every head, then the second, ...
+
+    Attributes:
+        energy_he: of the logits' directions (see `QueryKey`).
+        moment_ii: of the rotated values, damped.
+        cross_oi: moment of the output, columns, with the rotated values.
+        energy: E|Wo z|^2 under the damped moment.
+    """
+
+    energy_he: Tensor
+    moment_ii: Tensor
+    cross_oi: Tensor
+    energy: Tensor
+
+    def of(self, heads_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors (e + 1,) of queries and keys, and of values and output, with heads (k,) alone.
+
+        Logits of a head that went do not matter. All of Wo z is predicted from the values that
+        stay; one triangular factor L of their moment gives every width, because the columns of
+        E[Wo z x^T] L^-T have the energies that each of them explains beyond those before it.
+        """
+        heads, e = self.energy_he.shape
+        place_eh = torch.arange(e * heads, device=self.moment_ii.device).view(e, heads)
+        place_k = place_eh[:, heads_k].flatten()
+        l_kk = triangular_factor(self.moment_ii[place_k][:, place_k])
+        columns_ko = torch.linalg.solve_triangular(l_kk, self.cross_oi[:, place_k].mT, upper=False)
+        explained_e = columns_ko.square().sum(1).view(e, -1).sum(1).cumsum(0)
+        left = self.energy - torch.cat([explained_e.new_zeros(1), explained_e])
+        return tail_sums(self.energy_he[heads_k].sum(0)), left.clamp_min(0.0)
+
+
+def head_errors(
+    query_key: QueryKey, w_out_oi: Tensor, moment_ii: Tensor, damping: float = DAMPING
+) -> HeadErrors:
+    """What a layer loses where some heads alone stay, at every width.
 
     Args:
-        query_key, value_output: of all heads; the latter with a joint refit.
-        w_out_oi: (o, i) weight of the output projection.
-        order_h: (h,) int64, most useful first.
-        counts: the n to tell errors for.
+        query_key: of all heads.
+        w_out_oi: (o, i) weight of the output projection, i = heads * e.
+        moment_ii: (i, i) moment E[z z^T] of its input.
+        damping: ridge as a share of the moment's mean diagonal.
     """
-    heads, e, _ = value_output.basis_hee.shape
+    heads, e = query_key.energy_he.shape
     w_hoe = w_out_oi.double().unflatten(1, (heads, e)).transpose(0, 1)
-    w_oi = rank_major(w_hoe @ value_output.basis_hee)
-    moment_ii = rotated_joint(value_output.moment.double(), value_output.basis_hee)
-    c_ii = damped(moment_ii, value_output.damping)
-    place_eh = torch.arange(e * heads, device=order_h.device).view(e, heads)
-    found = {}
-    for count in counts:
-        kept_k, gone_t = order_h[:count], order_h[count:]
-        place_i = torch.cat([place_eh[:, kept_k].flatten(), place_eh[:, gone_t].flatten()])
-        errors_i = refit_curve(w_oi[:, place_i], triangular_factor(c_ii[place_i][:, place_i]))
-        logits = tail_sums(query_key.energy_he[kept_k].sum(0))
-        found[count] = logits, errors_i[: e * count + 1 : count].contiguous()
-    return found
+    basis_hee = value_basis(w_hoe, moment_ii.double())[0]
+    c_ii = damped(rotated_joint(moment_ii.double(), basis_hee), damping)
+    w_oi = rank_major(w_hoe @ basis_hee)
+    cross_oi = w_oi @ c_ii
+    return HeadErrors(query_key.energy_he, c_ii, cross_oi, (cross_oi * w_oi).sum())
 
 
 def maps_of_heads(found: Decomposition, heads_k: Tensor, width: int) -> dict[str, Tensor]:
