@@ -27,6 +27,7 @@ from slimdiff.fitting import measured_error
 from slimdiff.groups import Group
 from slimdiff.heads import halves_of, kept_heads
 from slimdiff.jobs import Job
+from slimdiff.profile import Profile
 from slimdiff.recipes import maps_of
 from slimdiff.streaming import rewrite_folder
 from slimdiff.widths import measure_curves
@@ -251,6 +252,31 @@ def test_the_predicted_error_is_near_that_of_the_rewritten_model(
     assert after == pytest.approx(before, rel=1e-3) == job.lost(plan)
     assert 0.3 < after / plan.figures["predicted_error"] < 3
     assert costs_.parameters(slim) == plan.figures["params"]
+
+
+def test_heads_stay_where_removing_them_measures_worse(planted: Planted) -> None:
+    def free(curve: ErrorCurve) -> ErrorCurve:
+        return replace(curve, by_heads={n: 0.0 * e for n, e in (curve.by_heads or {}).items()})
+
+    told = {name: free(curve) for name, curve in planted.curves.items()}
+    given = planted.unet, planted.statistics, slimdiff.Budget(params=0.97)
+    plan = slimdiff.allocate(*given, curves=told, layers=("attention",))
+    assert "heads_removed" not in plan.figures
+    job = Job(*given, RECIPES["slimdiff"], Allocation("probed"), ("attention",), told)
+    assert job.removing().plan().figures["heads_removed"] > 2
+
+
+def test_times_of_fewer_heads_are_those_of_as_many_inner_channels(planted: Planted) -> None:
+    job, plan = removing(planted, 0.98)
+    widths = {g.layer: g.width for g in job.groups}
+    times = {layer: {w: w * 1e-3 for w in (4, width)} for layer, width in widths.items()}
+    found = Profile({}, 1.0, times)
+    saved = round(1e9 * sum(1e-3 * width for width in widths.values()) / 4)
+    fast = job.plan(profile=found, limit=found.dense_nanoseconds - saved)
+    assert fast.figures["heads_removed"]
+    halves = [e for name, e in fast.entries.items() if name.endswith(".vo")]
+    spent = sum(1e6 * e.width * e.heads / e.dense_heads for e in halves)
+    assert spent <= 1e6 * sum(widths.values()) - saved + len(halves) * 100
 
 
 def test_heads_stay_where_nothing_may_be_removed(planted: Planted) -> None:

@@ -126,7 +126,10 @@ def least_nanoseconds(
 def smallest_count(
     groups: Sequence[Group], costs: Costs, metric: str, recipe: Recipe, allocation: Allocation
 ) -> int:
-    """What the whole denoiser has at the smallest widths."""
+    """What the whole denoiser has at the smallest widths of all heads.
+
+    Where fewer heads may go is known only once curves are.
+    """
     smallest = costs.total(metric)
     for bundle in bundles_of(groups, recipe, allocation):
         least, dense = (
