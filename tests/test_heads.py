@@ -323,7 +323,7 @@ def test_curves_by_heads_are_kept_and_added_to_older_files(
     again = measure_curves(
         model, statistics, folder=tmp_path, progress=lambda *step: asked.append(step)
     )
-    assert asked == [], "no gain is measured again"
+    assert {stage for stage, _, _ in asked} == {"heads"}, "no gain is measured again"
     assert_same(again, planted.curves)
     assert_same(file.load(), planted.curves)
 

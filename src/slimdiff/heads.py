@@ -41,20 +41,22 @@ def measure_heads(
     recipe: Recipe,
     curves: Mapping[str, ErrorCurve],
     keep: Callable[[Mapping[str, ErrorCurve]], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, ErrorCurve]:
     """The curves, with errors by heads for the layers where fewer heads may lose less.
 
     It takes weights and statistics, but no call of the denoiser. Layers that were looked at before
-    are left alone; `keep` is called with all curves if there was any other.
+    are left alone; `keep` is called with all curves if there was any other, and `progress` with
+    ("heads", layers done, layers in all) after each.
     """
     found = dict(curves)
     if recipe.heads or recipe.values != "refit":
         return found
-    new = False
-    for qk, vo in halves_of(groups):
-        if qk.name in found and vo.name in found and found[vo.name].by_heads is None:
-            found |= _by_heads(denoiser, qk, vo, statistics, recipe, found)
-            new = True
+    new = [(qk, vo) for qk, vo in halves_of(groups) if found[vo.name].by_heads is None]
+    for done, (qk, vo) in enumerate(new, start=1):
+        found |= _by_heads(denoiser, qk, vo, statistics, recipe, found)
+        if progress is not None:
+            progress("heads", done, len(new))
     if new and keep is not None:
         keep(found)
     return found

@@ -58,7 +58,7 @@ def measure_curves(
     )
     if not probed:
         return found
-    return measure_heads(denoiser, groups, statistics, chosen, found, keep)
+    return measure_heads(denoiser, groups, statistics, chosen, found, keep, progress)
 
 
 def allocate(
@@ -135,7 +135,7 @@ def frontier_of(
 ) -> Frontier:
     """Predicted and measured error against size, from dense to the smallest widths.
 
-    No layer goes wholly: down there errors no longer add up as predicted.
+    No layer and no head goes wholly: down there errors no longer add up as predicted.
 
     Args:
         denoiser: dense; it is not changed.
