@@ -52,7 +52,8 @@ def measure_heads(
     found = dict(curves)
     if recipe.heads or recipe.values != "refit":
         return found
-    new = [(qk, vo) for qk, vo in halves_of(groups) if found[vo.name].by_heads is None]
+    pairs = [(qk, vo) for qk, vo in halves_of(groups) if qk.width == vo.width]  # tied ones
+    new = [(qk, vo) for qk, vo in pairs if found[vo.name].by_heads is None]
     for done, (qk, vo) in enumerate(new, start=1):
         found |= _by_heads(denoiser, qk, vo, statistics, recipe, found)
         if progress is not None:
