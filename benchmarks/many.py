@@ -116,7 +116,7 @@ def main() -> None:
         starts = range(0, options.prompts, CHUNK)
         spans = [(start, min(start + CHUNK, options.prompts)) for start in starts]
         missing = [span for span in spans if f"{name} {span[0]} to {span[1]}" not in rows.rows]
-        pipe = pipes.pipe(name) if missing and name.startswith(options.only) else None
+        pipe = pipes.pipe(name) if missing and f"{name} ".startswith(options.only) else None
         for a, b in missing if pipe is not None else []:
             rows.measure(f"{name} {a} to {b}", lambda p=pipe, a=a, b=b: chunk(p, p.unet, a, b))
 
