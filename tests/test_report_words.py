@@ -26,15 +26,27 @@ def compressed(**figures):
 
 def test_figures_have_one_name():
     found = sample_results.complete()
-    found["plan"]["figures"]["layers_removed"] = 1
+    figures = found["plan"]["figures"]
+    figures["layers_removed"] = 1
+    figures["rounds"] = {"asked": 2, "kept": True, "error_one_shot": 3e-7, "error": 2e-7}
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
         "velocity error on probes",
         "layers removed wholly",
+        "rounds of calibration",
     }
     text = text_of(found)
     assert all(name in text for name in names.FIGURES.values())
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [(True, "2 (error of one: 3e"), (False, "1 (error of 2: 2")]
+)
+def test_rounds_are_told_with_what_the_other_way_loses(kept, told):
+    rounds = {"asked": 2, "kept": kept, "error_one_shot": 3e-7, "error": 2.9e-7}
+    assert names.rounds_told({"rounds": rounds}).startswith(told[:-1])
+    assert names.rounds_told({}) == ""
 
 
 def test_detail_rows_are_the_attributes_without_the_whole():
