@@ -198,6 +198,7 @@ def test_layers_go_in_either_round(name: str, tmp_path: Path) -> None:
         slimdiff.rewrite(slim, statistics, case.plan(kept))
     record: Any = slim.slim_record
     removed = {g.layer for g in case.groups if not record.plan.entries[g.name].width}
+    assert record.plan.figures["layers_removed"] == len(gone)
     assert removed == gone and set(slim.config["slimdiff"]["constants"]) == gone
     assert not [p for p in record.maps if p.rpartition("/")[0].startswith(tuple(gone))]
     assert_maps_lead_to_the_weights(case, slim)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
+from slimdiff.groups import LAYERS
 from slimdiff.plan import Entry, Plan, SlimRecord
 
 Maps = Mapping[str, Tensor]
@@ -61,7 +62,7 @@ def composed(first: SlimRecord, second: SlimRecord) -> SlimRecord:
 def composed_plan(first: Plan, second: Plan) -> Plan:
     """The plan from what `first` began with to what `second` ends with.
 
-    What was lost is the sum of both: `predicted_error`, `layers_removed`.
+    The predicted error is the sum of both.
     """
     entries = dict(first.entries)
     for name, entry in second.entries.items():
@@ -75,22 +76,32 @@ def composed_plan(first: Plan, second: Plan) -> Plan:
         denoiser=first.denoiser,
         entries=entries,
         budget=", then ".join(budgets),
-        figures=_figures(first.figures, second.figures),
+        figures=_figures(first.figures, second.figures) | _removed(entries),
     )
 
 
 def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes at both ends, and what was lost on the way, as far as both plans know it."""
-    begun = ("params_dense", "macs_dense")
-    figures = {k: v for k, v in second.items() if k not in (*begun, "predicted_error", "latency")}
+    begun, gone = ("params_dense", "macs_dense"), ("layers_removed", "heads_removed")
+    own = (*begun, *gone, "predicted_error", "latency")
+    figures = {key: value for key, value in second.items() if key not in own}
     figures |= {key: first[key] for key in begun if key in first}
     if "predicted_error" in first and "predicted_error" in second:
         figures["predicted_error"] = first["predicted_error"] + second["predicted_error"]
-    if gone := first.get("layers_removed", 0) + second.get("layers_removed", 0):
-        figures["layers_removed"] = gone
     if "latency" in first and "latency" in second:
         figures["latency"] = _latency(first["latency"], second["latency"])
     return figures
+
+
+def _removed(entries: Mapping[str, Entry]) -> dict[str, int]:
+    """How many layers went wholly, and how many heads of those that stay; what is 0 is left out."""
+    values = [entry for entry in entries.values() if entry.kind == "value_output"]
+    others = [entry for entry in entries.values() if LAYERS[entry.kind] != "attention"]
+    counts = {
+        "layers_removed": sum(not entry.width for entry in (*values, *others)),
+        "heads_removed": sum(own.dense_heads - own.heads for own in values if own.width),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _latency(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
