@@ -171,9 +171,6 @@ class Refinements:
     def recalibrated(self, share: float) -> Any:
         """Half of the removal, statistics of what came out, then the other half from there."""
         halfway = self.slim(self.plan(share / 2))
-        halfway.__class__ = type(self.dense)
-        halfway.register_to_config(slimdiff=None)
-        del halfway.slim_record
         pipe = self.trial.with_denoiser(halfway)
         statistics = self.calibrated(pipe, f"halfway-{share}")
         budget = slimdiff.Budget(params=(1 - share) / (1 - share / 2))

@@ -17,7 +17,7 @@ import torch
 import slimdiff
 from slimdiff.calibrate import step_weight
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
-from tiny_pipeline import tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 
 CONFIG = slimdiff.CalibrationConfig(num_inference_steps=2, batch_size=1, guidance_scale=3.0)
 PROMPTS = [f"a red circle number {i}" for i in range(4)]
@@ -127,8 +127,34 @@ def test_compress_meets_the_budget_and_reports_its_error(tmp_path: Path) -> None
     assert slim == plan.figures["params"] <= 0.97 * dense
     assert 0 < plan.figures["error_on_probes"] < 0.05
     assert set(plan.figures["seconds"]) == {"calibrate", "allocate", "rewrite"}
-    with pytest.raises(slimdiff.SlimdiffError, match="slim already"):
+
+
+def test_a_slim_pipeline_is_compressed_again(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    dense = sum(p.numel() for p in pipe.unet.parameters())
+    plans = [
         slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.9), config=CONFIG)
+        for _ in range(2)
+    ]
+    slim, record = sum(p.numel() for p in pipe.unet.parameters()), pipe.unet.slim_record
+    assert plans[1].figures["params_dense"] == plans[0].figures["params"]
+    assert plans[1].figures["started_from"]["params"] == plans[0].figures["params"]
+    assert slim == plans[1].figures["params"] <= 0.9 * plans[0].figures["params"]
+    assert record.plan.figures["params_dense"] == dense and record.plan.figures["params"] == slim
+    assert record.plan.budget == "--params 0.9, then --params 0.9"
+    slimdiff.save_pipeline(pipe, tmp_path / "slim")
+    loaded = slimdiff.load_pipeline(tmp_path / "slim")
+    assert torch.equal(*(image(p, output_type="latent") for p in (pipe, loaded)))
+    assert loaded.unet.slim_record.plan == record.plan
+    assert f"{dense:,} to {slim:,}" in (tmp_path / "slim" / "README.md").read_text()
+
+
+def test_statistics_of_the_dense_model_are_not_those_of_the_slim_one(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    how = {"config": CONFIG, "checkpoint": tmp_path / "s"}
+    slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.9), **how)
+    with pytest.raises(slimdiff.SlimdiffError, match="another run .other widths"):
+        slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.9), **how)
 
 
 def test_edited_plan_is_used_as_given() -> None:

@@ -149,6 +149,26 @@ def test_compress_goes_on_from_its_statistics(slim, run, tmp_path):
     assert edited.code == 0, edited.err
 
 
+def test_two_rounds_and_then_a_slim_model_again(slim, run, tmp_path):
+    statistics = slim.path.with_name("tiny-slim.statistics")
+    again = ["--prompts", slim.dense.parent / "prompts.txt", "--num-probes", "4", *QUICK]
+    two = tmp_path / "two"
+    done = run(
+        *("compress", slim.dense, "-o", two, "--params", "0.85", "--rounds", "2"),
+        *("--statistics", statistics, *again),
+    )
+    assert done.code == 0, done.err
+    assert "rounds of calibration" in done.out
+    assert (statistics / "round-2" / "statistics.safetensors").is_file()
+    figures = slimdiff.Plan.read(two / "unet" / "slimdiff.json").figures
+    assert figures["rounds"]["asked"] == 2
+    assert "ounds of calibration" in (two / "README.md").read_text()
+    done = run("compress", two, "-o", tmp_path / "less", "--params", "0.9", "--no-report", *again)
+    assert done.code == 0, done.err
+    pipe = load_pipeline(tmp_path / "less")
+    assert sum(p.numel() for p in pipe.unet.parameters()) <= 0.9 * figures["params"]
+
+
 def test_a_16_bit_folder_is_saved_in_16_bits(slim, run, tmp_path):
     tiny_pipeline(seed=0).to(torch.float16).save_pretrained(tmp_path / "half")
     done = run(
@@ -235,6 +255,12 @@ def test_version(run):
     assert run("--version").out.strip() == slimdiff.__version__
 
 
+def test_no_rounds_from_a_shell(tmp_path):
+    done = shell("compress", "--rounds", "0", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"slimdiff: error: rounds is 0, expected at least 1.*\n", done.stderr)
+
+
 def test_missing_model_from_a_shell():
     done = shell("generate", "no/such/folder", "--prompt", "x")
     assert done.returncode == 2 and not done.stdout
@@ -261,7 +287,15 @@ BAD = {
     "unknown device": (["{job}", "--device", "abacus"], "--device abacus"),
     "out is the model": (["{job}", "-o", "{dense}"], "is the model itself"),
     "out is no pipeline": (["{job}", "-o", "{folder}"], "name another folder"),
-    "slim again": (["compress", "{slim}", "--prompts", "{prompts}"], "slim already"),
+    "slim again, in low memory": (
+        ["compress", "{slim}", "--low-memory", "--statistics", "{statistics}", "--params", "0.9"],
+        "slim already, and in low memory",
+    ),
+    "no rounds": (["{job}", "--rounds", "0"], "rounds is 0, expected at least 1"),
+    "rounds to a plan": (["{job}", "--plan", "{plan}", "--rounds", "2"], "give a budget"),
+    "rounds to a quality": (["{job}", "--quality", "1e-3", "--rounds", "2"], "how much is to go"),
+    "rounds of heads": (["{job}", "--recipe", "magnitude", "--rounds", "2"], "no error curves"),
+    "rounds in low memory": (["{job}", "--low-memory", "--rounds", "2"], "leave --rounds out"),
     "unknown option": (["compress", "--parms", "0.8"], "No such option: --parms"),
     "unknown command": (["squeeze"], "No such command 'squeeze'"),
     "nothing to draw": (["generate", "{dense}"], "give --prompt"),
@@ -281,6 +315,8 @@ def test_bad_input_is_one_line_and_code_2(case, slim, run, tmp_path):
         "slim": slim.path,
         "folder": tmp_path,
         "prompts": slim.dense.parent / "prompts.txt",
+        "statistics": slim.path.with_name("tiny-slim.statistics"),
+        "plan": slim.path / "unet" / "slimdiff.json",
         "empty": tmp_path / "empty.txt",
     }
     (tmp_path / "empty.txt").write_text("# nothing\n")

@@ -239,10 +239,10 @@ def test_slim_models_are_one_graph_for_the_compiler(case: Case) -> None:
 
 
 @CASES
-def test_second_compression_refuses(case: Case) -> None:
+def test_a_plan_of_the_dense_model_does_not_fit_the_slim_one(case: Case) -> None:
     plan = slimdiff.allocate(case.model, case.statistics, slimdiff.Budget(params=0.95))
     slim = slimdiff.rewrite(case.copy(), case.statistics, plan)
-    with pytest.raises(slimdiff.SlimdiffError, match="slim already"):
+    with pytest.raises(slimdiff.SlimdiffError, match="slimmed already|does not have"):
         slimdiff.rewrite(slim, case.statistics, plan)
 
 

@@ -224,11 +224,18 @@ def test_unusable_slim_configs_are_refused(dense, name):
         reshape_(copy.deepcopy(dense), broken(change))
 
 
-def test_become_slim_refuses_dense_weights_and_slim_models(dense):
+def test_become_slim_refuses_dense_weights(dense):
     with pytest.raises(SlimConfigError, match="expected .* put the narrow weights in"):
         become_slim_(copy.deepcopy(dense), slim_config())
-    with pytest.raises(SlimConfigError, match="slim already"):
-        become_slim_(slim_by_hand(tiny_pipeline()).unet, slim_config())
+
+
+def test_a_slim_model_takes_on_another_slim_config():
+    unet = slim_by_hand(tiny_pipeline(), untied=False).unet
+    kind, slim = type(unet), slim_config()
+    before = unet.config["slimdiff"]
+    become_slim_(reshape_(unet, slim), slim)
+    assert type(unet) is kind and unet.config["slimdiff"] != before
+    assert unet.config["slimdiff"]["attentions"].keys() == slim["attentions"].keys()
 
 
 def test_processors_of_their_own_cannot_be_untied(dense):

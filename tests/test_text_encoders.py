@@ -174,13 +174,14 @@ def test_what_cannot_work_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_slim_encoder_is_not_slimmed_again(
-    slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slim_encoder_is_slimmed_again(slim: Path, tmp_path: Path) -> None:
     arguments = options(slim.parent / "tiny", tmp_path / "out", "--component", "text_encoder")
     arguments[1] = slim
-    assert quietly(*arguments) == 2
-    assert "text_encoder is slim already" in capsys.readouterr().err
+    assert quietly(*arguments) == 0
+    before, after = (slimdiff.load(f / "text_encoder") for f in (slim, tmp_path / "out"))
+    assert parameters(after) <= 0.9 * parameters(before)
+    plan = after.slim_record.plan
+    assert plan.figures["params_dense"] == before.slim_record.plan.figures["params_dense"]
 
 
 def test_inspect_shows_an_encoder(slim: Path, capsys: pytest.CaptureFixture[str]) -> None:

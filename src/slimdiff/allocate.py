@@ -214,15 +214,16 @@ def _slope(costs: Sequence[int], errors: Sequence[float], start: int, end: int) 
 
 
 def allowed_sizes(
-    dense: int, multiple: int, step: int = 1, largest: int | None = None
+    dense: int, multiple: int, step: int = 1, largest: int | None = None, origin: int = 0
 ) -> list[int]:
     """Sizes that a width may take: multiples of `multiple` and `step`, and the dense size; never 0.
 
     None between `largest` and the dense size is offered. Where fewer than four multiples fit (eight
-    if there is a `step`), `multiple` is halved until they do; `step` always holds.
+    if there is a `step`), `multiple` is halved until they do; `step` always holds. A layer that is
+    slim already goes on with the multiples of its `origin`, the width that it had at first.
     """
     fewest = 4 if step == 1 else 8
-    while multiple > 1 and dense < fewest * math.lcm(multiple, step):
+    while multiple > 1 and max(dense, origin) < fewest * math.lcm(multiple, step):
         multiple //= 2
     common = math.lcm(multiple, step)
     end = dense if largest is None else min(dense, largest + 1)

@@ -88,11 +88,13 @@ class Bundle:
 def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[Bundle]:
     """All groups that may shrink, those together that get one size.
 
-    Whole heads can only go where queries and keys may lose theirs too, and one by one.
+    Whole heads can only go where queries and keys may lose theirs too, and one by one. Halves of
+    an attention layer whose widths differ already stay apart.
     """
     together: dict[str, list[Group]] = {}
+    apart = untied_layers(groups)
     for group in groups:
-        tied = allocation.tied or recipe.heads or group.tied
+        tied = recipe.heads or group.tied or (allocation.tied and group.layer not in apart)
         together.setdefault(group.layer if tied else group.name, []).append(group)
     bundles = []
     for members in together.values():
@@ -104,18 +106,13 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         sizes = (
             [Size(first.width, heads) for heads in allocate.allowed_sizes(first.heads, 1)]
             if by_heads
-            else _widths(first, allocation.multiple)
+            else [Size(width, first.heads) for width in sizes_of(first, allocation.multiple)]
         )
         whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
         if allocation.name == "probed" and whole and first.layer in allocation.removable:
             sizes = [Size(0, first.heads), *sizes]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles
-
-
-def _widths(group: Group, multiple: int) -> list[Size]:
-    widths = allocate.allowed_sizes(group.width, multiple, group.step, group.largest)
-    return [Size(width, group.heads) for width in widths]
 
 
 def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle:
@@ -151,3 +148,15 @@ def between(values: Sequence[float], place: float) -> float:
     """The value at a place between two indices, linearly."""
     low = min(int(place), len(values) - 2)
     return values[low] + (values[low + 1] - values[low]) * (place - low)
+
+
+def sizes_of(group: Group, multiple: int) -> list[int]:
+    """Widths that a group may take, its own the last."""
+    how = (group.width, multiple, group.step, group.largest, group.dense_width)
+    return allocate.allowed_sizes(*how)
+
+
+def untied_layers(groups: Sequence[Group]) -> set[str]:
+    """Attention layers whose values have another width than their queries that can shrink."""
+    queries = {group.layer: group.width for group in groups if group.kind == "query_key"}
+    return {group.layer for group in groups if queries.get(group.layer, group.width) != group.width}

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import ENCODERS, component_of
+from slimdiff.denoiser import ENCODERS, component_of, settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.probes import Probes
@@ -145,8 +146,18 @@ def _source(
         "prompts_sha256": digest,
         "denoiser_sha256": hashlib.sha256(weight.numpy().tobytes()).hexdigest(),
         "denoiser_dtype": str(next(denoiser.parameters()).dtype),
+        "widths_sha256": slim_digest(denoiser),
         "config": asdict(config),
     }
+
+
+def slim_digest(denoiser: nn.Module) -> str | None:
+    """What tells a slim denoiser from others of the same dense one; None for a dense one."""
+    slim, record = settings(denoiser).get("slimdiff"), getattr(denoiser, "slim_record", None)
+    if not slim:
+        return None
+    text = json.dumps([slim, None if record is None else record.plan.recipe], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationConfig) -> None:

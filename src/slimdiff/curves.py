@@ -22,7 +22,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group, layer_at, weight_of
 from slimdiff.plan import Entry
 from slimdiff.probing import Probed
-from slimdiff.recipes import Ordered, decompose_group
+from slimdiff.recipes import Ordered, decompose_group, factor_of
 from slimdiff.removal import constant_weights, removable_layers
 from slimdiff.statistics import Statistics
 
@@ -186,7 +186,14 @@ def _multiple(group: Group, width: int) -> int:
 def effective_weights(
     denoiser: nn.Module, group: Group, maps: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Parameters of dense size that make the dense group behave as the slim one, by name."""
+    """Parameters that make the group behave as the slim one with nothing reshaped, by name.
+
+    They have the size of those that they stand for, but for factors of a rank of their own.
+    """
+    if (projection := factor_of(denoiser, group)) is not None:
+        weight = maps["weight"].to(projection.dtype)
+        factors = {"weight": weight, "projection": maps["projection"].to(projection.dtype)}
+        return {f"{group.layer}.{name}": factor for name, factor in factors.items()}
     role, effective = {
         "query_key": ("k", decompose.effective_key),
         "value_output": ("out", decompose.effective_output),

@@ -61,6 +61,12 @@ def settings(module: nn.Module) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
+def dense_class(module: nn.Module) -> str:
+    """The name of a model's class, of a slim one that of its dense class."""
+    name = type(module).__name__
+    return name.removeprefix("Slim") if settings(module).get("slimdiff") else name
+
+
 def _module(pipe: Any, name: str) -> nn.Module | None:
     module = getattr(pipe, name, None)
     module = getattr(module, "_orig_mod", module)

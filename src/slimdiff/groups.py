@@ -189,7 +189,7 @@ class Group:
         block: module path of the transformer block, or of the ResNet.
         paths: role -> module path of the linear, convolution or norm.
         heads: attention heads (1 for the others).
-        width: dense width: channels per head, hidden units, a ResNet's inner channels, or the
+        width: present width: channels per head, hidden units, a ResNet's inner channels, or the
             rank of a modulation.
         gated: `up` and `depth` (feed-forward) or `time` (ResNet) have 2 * width rows.
         step: widths are multiples of this: the channels of a norm group (ResNet only).
@@ -198,6 +198,8 @@ class Group:
         source: what its statistics are named after, if not the layer: several groups share them.
         largest: the largest width that saves anything, if not the one below the dense one.
         unscaled, tied, fixed_heads: see `Attention`.
+        query_width: channels per head of its layer's queries; 0 for what is no attention.
+        dense_width: what `width` was before the denoiser was slimmed; 0 if it was not.
     """
 
     name: str
@@ -216,6 +218,8 @@ class Group:
     unscaled: bool = False
     tied: bool = False
     fixed_heads: bool = False
+    query_width: int = 0
+    dense_width: int = 0
 
     @property
     def inner(self) -> int:

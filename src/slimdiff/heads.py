@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from slimdiff import allocate, decompose
-from slimdiff.bundles import Allocation, between
+from slimdiff import decompose
+from slimdiff.bundles import Allocation, between, sizes_of
 from slimdiff.config import Recipe, recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.decompose import QueryKey
@@ -78,7 +78,7 @@ def _by_heads(
     """
     query, value = curves[qk.name], curves[vo.name]
     weight, moment, damping = output_moment(denoiser, vo, statistics, recipe)
-    least = allocate.allowed_sizes(vo.width, Allocation.multiple)[0]
+    least = sizes_of(vo, Allocation.multiple)[0]
     every = [query.at(width) + value.at(width) for width in range(vo.width + 1)]
     gain = value.gain_at(vo.width)
     largest = every[least] / gain if gain > 0 else math.inf

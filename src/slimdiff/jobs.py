@@ -16,6 +16,7 @@ from slimdiff.budget import Budget
 from slimdiff.bundles import Allocation
 from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve, probes_of
+from slimdiff.denoiser import dense_class
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
@@ -68,7 +69,7 @@ class Job:
         """The plan under the budget, or under other limits (see `make_plan`)."""
         bytes_each = next(self.denoiser.parameters()).element_size()
         plan = make_plan(
-            type(self.denoiser).__name__,
+            dense_class(self.denoiser),
             self.groups,
             self.costs,
             self.curves,

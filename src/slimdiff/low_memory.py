@@ -18,10 +18,9 @@ from slimdiff.families import groups_of
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand
 from slimdiff.probes import Probes
-from slimdiff.rewrite import refuse_slim
 from slimdiff.shards import Shards
 from slimdiff.statistics import Statistics
-from slimdiff.streaming import denoiser_folder, on_meta, rewrite_pipeline_folder
+from slimdiff.streaming import denoiser_folder, on_meta, refuse_slim, rewrite_pipeline_folder
 from slimdiff.widths import allocate
 
 Progress = Callable[[str, int, int], None]
@@ -45,7 +44,7 @@ def compress_folder(
     """Slim a pipeline's folder into another, one block in memory at a time; returns the plan.
 
     No forward pass is run: statistics come from another machine or another day, and widths from a
-    plan or from the uniform allocation.
+    plan or from the uniform allocation. Slim denoisers are slimmed again by `slimdiff.compress`.
 
     Args:
         folder: of a pipeline with a dense denoiser of a known family, in safetensors.
@@ -64,6 +63,7 @@ def compress_folder(
     """
     component = denoiser_folder(folder)
     denoiser = _typed(on_meta(component), Shards(component, variant))
+    refuse_slim(denoiser)
     stored = Statistics.open(statistics)
     _cast(stored.probes, next(denoiser.parameters()).dtype)
     if (budget is None) == (plan is None):
@@ -75,7 +75,6 @@ def compress_folder(
         plan = allocate(denoiser, stored, budget, **more)
     else:
         assert plan is not None
-        refuse_slim(denoiser)
         groups = groups_of(denoiser)
         probes = stored.probes.batches(1)
         call = probes[0] if probes else costs.example_inputs(denoiser)

@@ -14,7 +14,7 @@ from torch import nn
 from slimdiff.components import absent_components, loading_call
 from slimdiff.denoiser import ENCODERS, slim_components
 from slimdiff.plan import Entry, Plan
-from slimdiff.report.names import width_name
+from slimdiff.report.names import rounds_told, width_name
 
 CARD_FILE = "README.md"
 
@@ -108,12 +108,15 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         rows += [("Recipe", plan.recipe), ("Allocation", plan.allocation)]
         rows += [("Budget", plan.budget)] if plan.budget else []
         error = "Error of its output" if name in ENCODERS else "Velocity error"
+        again = "started_from" in figures
+        beside = ", against the slim model that this was made from" if again else ""
         for key, text in (
             ("predicted_error", f"{error}, predicted"),
-            ("error_on_probes", "The same, measured on the calibration's own inputs"),
+            ("error_on_probes", f"The same, measured on the calibration's own inputs{beside}"),
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))
+        rows += [("Rounds of calibration", told)] if (told := rounds_told(figures)) else []
     return _table(("", ""), rows)
 
 

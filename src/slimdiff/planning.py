@@ -10,7 +10,7 @@ from typing import Any
 
 from slimdiff import allocate
 from slimdiff.budget import Budget
-from slimdiff.bundles import Allocation, Bundle, bundles_of, with_fewer_heads
+from slimdiff.bundles import Allocation, Bundle, bundles_of, untied_layers, with_fewer_heads
 from slimdiff.config import Recipe
 from slimdiff.costs import Costs
 from slimdiff.curves import ErrorCurve
@@ -90,8 +90,10 @@ def by_hand(plan: Plan, groups: Sequence[Group], costs: Costs) -> Plan:
     return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
-def refuse_unfit(budget: Budget, recipe: Recipe, allocation: Allocation) -> None:
-    """Refuse settings that do not go together.
+def refuse_unfit(
+    budget: Budget, recipe: Recipe, allocation: Allocation, groups: Sequence[Group] = ()
+) -> None:
+    """Refuse settings that do not go together, or with the groups of a slim denoiser.
 
     Raises:
         SlimdiffError: names them, and what goes.
@@ -105,6 +107,11 @@ def refuse_unfit(budget: Budget, recipe: Recipe, allocation: Allocation) -> None
         raise SlimdiffError(
             f"{budget.describe()}: layers are timed at tied widths; choose another recipe than "
             f"magnitude, and leave --untied out"
+        )
+    if budget.metric == "latency" and (apart := untied_layers(groups)):
+        raise SlimdiffError(
+            f"{budget.describe()}: layers are timed at tied widths, but {min(apart)} was slimmed "
+            f"untied already; ask for --macs, or start from the dense model"
         )
     if budget.largest_error is not None and allocation.name != "probed":
         raise SlimdiffError(

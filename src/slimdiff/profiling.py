@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff import allocate
+from slimdiff.bundles import sizes_of
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry
@@ -139,7 +139,7 @@ def _relative(group: Group, layer: str) -> Group:
 
 def _widths(group: Group, multiple: int, may_go: bool) -> list[int]:
     """At most `WIDTHS` of the allowed widths, evenly spread, with both ends; 0 if it may go."""
-    sizes = allocate.allowed_sizes(group.width, multiple, group.step, group.largest)
+    sizes = sizes_of(group, multiple)
     count = min(WIDTHS, len(sizes))
     chosen = {sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)}
     return sorted(chosen | ({0} if may_go else set()))

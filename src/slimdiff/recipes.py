@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -158,7 +159,14 @@ def _modulation(
     denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
 ) -> Decomposition | HeadSelection:
     moment = statistics.mean(f"{group.source or group.layer}/x")
-    return decompose.modulation(weight_of(denoiser, group, "linear"), moment)
+    weight = weight_of(denoiser, group, "linear")
+    if (projection := factor_of(denoiser, group)) is None:
+        return decompose.modulation(weight, moment)
+    # A product of rank r has nothing to lose beyond it.
+    found = decompose.modulation(weight.double() @ projection.double(), moment)
+    errors = found.errors[: group.width + 1].clone()
+    errors[-1] = 0.0
+    return replace(found, errors=errors)
 
 
 def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> None:
@@ -227,3 +235,9 @@ def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
     if statistics.sums[name].dtype == torch.float64:
         return decompose.DAMPING
     return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)
+
+
+def factor_of(denoiser: nn.Module, group: Group) -> Tensor | None:
+    """The projection (r, i) of a modulation that was factored already, detached; else None."""
+    projection = getattr(denoiser.get_submodule(group.layer), "projection", None)
+    return projection.detach() if group.kind == "modulation" and projection is not None else None

@@ -108,7 +108,8 @@ def _attention_groups(
             )
     qk = {role: own for role, own in paths.items() if role[0] in "qk"}
     vo = {role: own for role, own in paths.items() if role[0] in "vo"}
-    more: dict[str, Any] = {name: getattr(spec, name) for name in NATURE} | {"output": output}
+    more: dict[str, Any] = {name: getattr(spec, name) for name in NATURE}
+    more |= {"output": output, "query_width": query_width}
     if not (spec.fixed_queries or _normalised(module)):
         yield Group(f"{path}.qk", "query_key", path, block_path, qk, heads, query_width, **more)
     more["columns"] = columns

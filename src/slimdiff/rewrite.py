@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.components import become_slim_
+from slimdiff.composition import composed, earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
-from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.groups import Group, Layer, layer_at, stem, weight_of
 from slimdiff.heads import kept_heads
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import check_statistics, maps_of
 from slimdiff.removal import check_removed, remove_layers_
-from slimdiff.shapes import slim_config
+from slimdiff.shapes import joined, slim_config
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -36,28 +36,33 @@ def rewrite(
     """Rewrite `denoiser` in place to the plan's widths, and return it.
 
     Afterwards its class is the slim subclass of its class, its config tells the narrow shapes, and
-    `denoiser.slim_record` holds the plan and the maps.
+    `denoiser.slim_record` holds the plan and the maps. Those of a denoiser that was slim already
+    are joined with its earlier ones, so that they begin at the dense denoiser.
 
     Args:
-        denoiser: of a known family, dense, any floating dtype; decomposed in float64.
+        denoiser: of a known family, dense or slim, any floating dtype; decomposed in float64.
         statistics: recorded from this denoiser.
         plan: checked against the denoiser before anything is touched.
         curves: from the allocation, to spare ordering hidden units again.
         progress: called with ("rewrite", groups done, groups in all).
 
     Raises:
-        SlimdiffError: slim already; the plan or the statistics belong to another model.
+        SlimdiffError: the plan or the statistics belong to another model; it is slim, and carries
+            no plan and maps.
     """
-    refuse_slim(denoiser)
+    earlier = earlier_record(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
     check_removed(denoiser, groups, plan, statistics)
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     config = slim_config(denoiser, groups, plan.entries)
+    config = joined(settings(denoiser).get("slimdiff"), config)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, config)
-    denoiser.slim_record = SlimRecord(plan, maps)  # type: ignore[assignment]  # no tensor
+    record = SlimRecord(plan, maps)
+    record = record if earlier is None else composed(earlier, record)
+    denoiser.slim_record = record  # type: ignore[assignment]  # no tensor
     return denoiser
 
 
@@ -99,26 +104,13 @@ def _first_column(group: Group) -> int:
     return max((start for start, _ in group.columns.values()), default=0)
 
 
-def refuse_slim(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that is slim already.
-
-    Raises:
-        SlimdiffError: it is.
-    """
-    if settings(denoiser).get("slimdiff"):
-        raise SlimdiffError(
-            f"{type(denoiser).__name__}: is slim already; start from the dense model, with the "
-            f"smaller budget"
-        )
-
-
 def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
     """What a group's layers become under `maps`: weight and bias by role, in float64."""
-    linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "modulation":
         return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
+    linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "resnet":
         slim = _resnet(linears, group, maps)
     elif set(maps) == {"heads"}:

@@ -17,8 +17,8 @@ def slim_config(
     """What `slim_denoiser.reshape_` takes; paths are those of `denoiser`.
 
     Args:
-        denoiser: dense; what a group leaves alone is read off its layers.
-        groups: dense.
+        denoiser: dense, or slim already; what a group leaves alone is read off its layers.
+        groups: of it, all of them.
         entries: group name -> what becomes of it; the others stay as they are.
     """
     changed = [g for g in groups if g.name in entries and not entries[g.name].is_full]
@@ -49,7 +49,8 @@ def slim_config(
         entry = entries.get(group.name)
         width, heads = (group.width, group.heads) if entry is None else (entry.width, entry.heads)
         half = "qk" if group.kind == "query_key" else "vo"
-        sizes = config["attentions"].setdefault(group.layer, {"heads": heads, "qk": group.width})
+        queries = group.query_width or group.width
+        sizes = config["attentions"].setdefault(group.layer, {"heads": heads, "qk": queries})
         sizes.update({"heads": heads, half: width})
     return {"version": 1, **config, **({"constants": constants} if constants else {})}
 
@@ -67,3 +68,22 @@ def _shared_inputs(groups: Sequence[Group], inner: Mapping[str, int]) -> dict[st
             path = group.paths[role]
             inputs[path] = inputs.get(path, 0) + inner[group.name]
     return inputs
+
+
+def joined(earlier: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The slim config of a denoiser that was slim under `earlier` before it became `config`.
+
+    What went wholly is named in `constants` alone.
+    """
+    if not earlier:
+        return dict(config)
+    gone = tuple(f"{layer}." for layer in config.get("constants", {}))
+    whole: dict[str, Any] = {}
+    for part in (*config, *(name for name in earlier if name not in config)):
+        if part == "version":
+            whole[part] = config[part]
+            continue
+        both = {**earlier.get(part, {}), **config.get(part, {})}
+        stays = {path: own for path, own in both.items() if not f"{path}.".startswith(gone)}
+        whole[part] = both if part == "constants" else stays
+    return whole

@@ -33,7 +33,7 @@ import diffusers
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -110,18 +110,14 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
 def become_slim_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
     """Turn a live model, whose linears are narrow already, into its slim class, in place.
 
-    No weight is touched. Afterwards `model.config["slimdiff"]` is `slim`, and `save_pretrained`
-    writes a folder that plain diffusers loads. A pipeline that holds the model has noted its
+    One that is slim takes on another slim config. No weight is touched. Afterwards
+    `model.config["slimdiff"]` is `slim`, and `save_pretrained` writes a folder that plain diffusers
+    loads. A pipeline that holds the model has noted its
     former class: assign the model again (`pipe.unet = pipe.unet`) before `pipe.save_pretrained`.
 
     Raises:
-        SlimConfigError: the model is slim already; or as for `reshape_`; or a linear does not have
-            the shape that `slim` says.
+        SlimConfigError: as for `reshape_`; or a linear does not have the shape that `slim` says.
     """
-    if getattr(model, "config", {}).get("slimdiff"):
-        raise SlimConfigError(
-            f"{type(model).__name__}: is slim already; start from the dense model"
-        )
     slim = json.loads(json.dumps(slim))
     check_slim(slim, type(model).__name__)
     for path, (inputs, outputs) in (slim["linears"] | slim.get("convolutions", {})).items():
@@ -227,6 +223,11 @@ def _set_widths(path: str, attn: Any, heads: int, qk: int, vo: int) -> None:
             setattr(attn, name, value)
     if qk != vo:
         _untie(path, attn, qk, vo)
+    elif isinstance(attn, PaddedAttention):
+        attn.qk_width, attn.vo_width = qk, vo
+    elif type(attn) is UntiedAttention:
+        attn.__class__ = Attention
+        attn.set_processor(AttnProcessor2_0())
 
 
 def _untie(path: str, attn: Any, qk: int, vo: int) -> None:

@@ -93,8 +93,9 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
 def become_slim_(model: Any, slim: dict[str, Any]) -> nn.Module:
     """Turn a live model, whose linears are narrow already, into its slim class, in place.
 
-    No weight is touched. Afterwards `model.config.slimdiff` is `slim`, and `save_pretrained` writes
-    a folder that plain transformers loads. A pipeline that holds the model has noted its former
+    One that is slim takes on another slim config. No weight is touched. Afterwards
+    `model.config.slimdiff` is `slim`, and `save_pretrained` writes a folder that plain transformers
+    loads. A pipeline that holds the model has noted its former
     class: assign the model again (`pipe.text_encoder = pipe.text_encoder`) before it is saved.
 
     Raises:
@@ -242,11 +243,13 @@ _CLASSES: dict[type, type] = {}
 
 
 def slim_class(base: type) -> Any:
-    """The slim subclass of a transformers model class, always the same one.
+    """The slim subclass of a transformers model class, always the same; a slim class is its own.
 
     Raises:
         TypeError: not a model class that transformers exports.
     """
+    if issubclass(base, SlimTextMixin):
+        return base
     if not issubclass(base, PreTrainedModel) or getattr(transformers, base.__name__, None) != base:
         raise TypeError(f"{base.__name__} is not a model class of transformers")
     if base not in _CLASSES:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.config import recipe_named
-from slimdiff.denoiser import NAMES
+from slimdiff.denoiser import NAMES, settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.folders import read_json, reading, replacing
@@ -28,7 +28,7 @@ from slimdiff.model_card import write_model_card
 from slimdiff.plan import Plan, SlimRecord
 from slimdiff.recipes import check_statistics
 from slimdiff.removal import check_removed
-from slimdiff.rewrite import refuse_slim, slim_groups_
+from slimdiff.rewrite import slim_groups_
 from slimdiff.shapes import slim_config
 from slimdiff.shards import Shards, ShardWriter, join
 from slimdiff.statistics import Statistics
@@ -61,8 +61,9 @@ def rewrite_folder(
         progress: called with ("rewrite", groups done, groups in all).
 
     Raises:
-        SlimdiffError: no denoiser or no safetensors in `folder`; it is slim already; the plan or
-            the statistics belong to another model; `out` holds something else.
+        SlimdiffError: no denoiser or no safetensors in `folder`; it is slim already, whose maps
+            would have to be in memory; the plan or the statistics belong to another model; `out`
+            holds something else.
     """
     folder = Path(folder)
     denoiser = on_meta(folder)
@@ -83,6 +84,19 @@ def rewrite_folder(
         writer.close()
         _describe(denoiser, config, plan, new, maps)
     return Path(out)
+
+
+def refuse_slim(denoiser: nn.Module) -> None:
+    """Refuse a denoiser that is slim already: block by block only dense ones are rewritten.
+
+    Raises:
+        SlimdiffError: it is.
+    """
+    if settings(denoiser).get("slimdiff"):
+        raise SlimdiffError(
+            f"{type(denoiser).__name__}: is slim already, and in low memory only a dense model is "
+            f"rewritten; start from that one with the smaller budget, or leave low memory out"
+        )
 
 
 def on_meta(folder: Path) -> nn.Module:

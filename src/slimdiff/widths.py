@@ -10,6 +10,7 @@ from torch import nn
 
 from slimdiff.budget import Budget
 from slimdiff.bundles import Allocation
+from slimdiff.composition import earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curve_file import CurveFile
 from slimdiff.curves import ErrorCurve, error_curves
@@ -20,7 +21,6 @@ from slimdiff.heads import measure_heads
 from slimdiff.jobs import Job, as_fast, as_good, best_of
 from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit, smallest_count
-from slimdiff.rewrite import refuse_slim
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -81,10 +81,11 @@ def allocate(
     """A width for every group under `budget`; the denoiser is not changed.
 
     Args:
-        denoiser: dense, of a known family.
+        denoiser: of a known family, dense or slim already.
         statistics: recorded from it.
-        budget: what the whole denoiser may hold: never exceeded, met within one width step; or
-            how fast it is to be, or what it may lose: plans are then measured and made again.
+        budget: what the whole denoiser may hold, in shares of what it holds now: never exceeded,
+            met within one width step; or how fast it is to be, or what it may lose: plans are then
+            measured and made again.
         recipe: `slimdiff`, `paper` or `magnitude`: how groups are decomposed.
         allocation: `probed`, `entropic`, `uniform` or `threshold`; by default the recipe's own.
         tied: the two halves of an attention layer share one width, which keeps the stock
@@ -104,12 +105,12 @@ def allocate(
 
     Raises:
         SlimdiffError: an impossible budget (says the best possible), statistics of another model,
-            an unknown recipe or allocation.
+            an unknown recipe or allocation, a slim denoiser without its plan and maps.
     """
-    refuse_slim(denoiser)
+    earlier_record(denoiser)
     chosen = recipe_named(recipe)
     settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
-    refuse_unfit(budget, chosen, settings)
+    refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
         curves = measure_curves(
             denoiser, statistics, recipe, allocation, layers=layers, progress=progress
@@ -138,7 +139,7 @@ def frontier_of(
     No layer and no head goes wholly: down there errors no longer add up as predicted.
 
     Args:
-        denoiser: dense; it is not changed.
+        denoiser: it is not changed; errors are relative to what it puts out now.
         statistics: recorded from it.
         metric: what is budgeted: `params` or `macs`.
         recipe, tied, multiple, layers, curves: see `allocate`.
@@ -149,7 +150,6 @@ def frontier_of(
     """
     if metric not in ("params", "macs"):
         raise SlimdiffError(f"metric is {metric!r}, expected params or macs")
-    refuse_slim(denoiser)
     chosen, settings = recipe_named(recipe), Allocation("probed", tied, multiple)
     budget = Budget(params=1.0) if metric == "params" else Budget(macs=1.0)
     refuse_unfit(budget, chosen, settings)

@@ -31,6 +31,8 @@ A run that was interrupted goes on from its last finished batch when the same co
 again. Another budget or recipe reuses the recorded statistics, if prompts and sampling (batch size
 and seed too) are the same.
 
+A pipeline that is slim already can be slimmed again; shares are then of what it has by now.
+
 An earlier slim pipeline in OUT is replaced once the new one is complete; other folders are refused.
 
 **Examples**
@@ -40,6 +42,7 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
 - `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
+- `slimdiff compress ./model --prompts captions.txt --params 0.4 --rounds 2`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --component text_encoder --params 0.7 -o out`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
@@ -67,6 +70,7 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
+    rounds: own.Rounds = 1,
     num_prompts: own.NumPrompts = 128,
     timestep_weights: own.Weights = "uniform",
     num_probes: own.NumProbes = 16,
@@ -90,7 +94,8 @@ def compress(
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
     budgets = (params, macs, remove, memory, speedup, latency, quality)
     allocation = allocation or ("uniform" if low_memory else None)
-    job = _how(plan, budgets, layers, recipe, allocation, untied, multiple, temperature, component)
+    choices = (recipe, allocation, untied, multiple, temperature, component, rounds)
+    job = _how(plan, budgets, layers, *choices)
     if low_memory:
         return _stream(where, out, statistics, job, variant)
     call = models.sampling(where, guidance, text_tokens)
@@ -130,13 +135,16 @@ def _stream(
     """Block by block, from shards to shards."""
     from slimdiff.low_memory import compress_folder
 
+    if job["rounds"] > 1:
+        raise SlimdiffError("--low-memory calibrates nothing: leave --rounds out")
     if statistics is None:
         raise SlimdiffError("--low-memory runs nothing: name --statistics that were recorded")
     if not Path(where.path).is_dir():
         raise SlimdiffError(f"{where.path}: --low-memory reads a folder; download the model first")
     if job["component"] in ENCODERS:
         raise SlimdiffError("--low-memory is for denoisers; leave it out for a text encoder")
-    job = {name: value for name, value in job.items() if name not in ("temperature", "component")}
+    unknown = ("temperature", "component", "rounds")
+    job = {name: value for name, value in job.items() if name not in unknown}
     with console.Bars() as bars:
         more = job | {"variant": variant, "progress": bars}
         plan = compress_folder(where.path, out, statistics, **more)
@@ -153,9 +161,11 @@ def _how(
     multiple: int,
     temperature: float,
     component: str | None,
+    rounds: int,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
     from slimdiff.bundles import Allocation
+    from slimdiff.rounds import check_rounds
 
     chosen = Allocation(
         allocation or recipe_named(recipe).allocation, not untied, multiple, temperature
@@ -165,8 +175,10 @@ def _how(
         raise SlimdiffError("--plan has widths already: give either --plan or a budget")
     if not any(given.values()):
         given["params"] = DEFAULT_SHARE
+    budget = None if plan else Budget(**given)
+    check_rounds(rounds, budget, recipe)
     return {
-        "budget": None if plan else Budget(**given),
+        "budget": budget,
         "plan": Plan.read(plan) if plan else None,
         "recipe": recipe,
         "allocation": chosen.name,
@@ -175,6 +187,7 @@ def _how(
         "temperature": chosen.temperature,
         "layers": options.names(layers),
         "component": component,
+        "rounds": rounds,
     }
 
 
@@ -188,12 +201,6 @@ def _usable(where: models.Source, out: Path, component: str | None) -> Path:
         raise SlimdiffError(f"--out {out}: is the model itself; name another folder")
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
-    for name in NAMES if component is None else [component]:
-        if (Path(where.path) / name / models.PLAN_FILE).is_file():
-            raise SlimdiffError(
-                f"{where.path}: {name} is slim already; start from the dense model, with a smaller "
-                f"budget"
-            )
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -56,7 +57,7 @@ def groups_of(denoiser: nn.Module, layers: Sequence[str] | None = None) -> list[
         SlimdiffError: the class is unknown; a layer is fused, adapted or quantised; `layers` names
             none that there is.
     """
-    groups = resolve(denoiser, family_of(denoiser))
+    groups = [_of_dense(denoiser, group) for group in resolve(denoiser, family_of(denoiser))]
     if layers is None:
         return groups
     if strange := sorted(set(layers) - set(LAYERS.values())):
@@ -66,3 +67,10 @@ def groups_of(denoiser: nn.Module, layers: Sequence[str] | None = None) -> list[
     if not chosen:
         raise SlimdiffError(f"{type(denoiser).__name__} has no layer of {', '.join(layers)}")
     return chosen
+
+
+def _of_dense(denoiser: nn.Module, group: Group) -> Group:
+    """The group with its dense width, which a slim denoiser's plan tells."""
+    record = getattr(denoiser, "slim_record", None)
+    entry = None if record is None else record.plan.entries.get(group.name)
+    return group if entry is None else replace(group, dense_width=entry.dense_width)
