@@ -19,7 +19,7 @@ from torch import Tensor
 
 import slimdiff
 from slimdiff import costs as costs_
-from slimdiff.bundles import Allocation, Bundle, Size, between, with_fewer_heads
+from slimdiff.bundles import WORTH, Allocation, Bundle, Size, between, with_fewer_heads
 from slimdiff.config import RECIPES
 from slimdiff.curve_file import CurveFile
 from slimdiff.curves import ErrorCurve, effective_weights, probes_of
@@ -384,5 +384,5 @@ def test_sizes_rise_in_cost_and_lose_no_more_than_all_heads(
         assert size in found.sizes or min(cheaper) < bundle.error(size, curves)
     for place, size in enumerate(found.sizes):
         if size.heads < heads:
-            assert errors[size] < between(every, max(least, size.inner / heads))
+            assert errors[size] < WORTH * between(every, max(least, size.inner / heads))
             assert all(errors[size] < errors[other] for other in found.sizes[:place])

@@ -14,6 +14,12 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry
 
+WORTH = 0.8
+"""Share of what all heads lose at as many inner channels, below which fewer heads are offered.
+
+Gains are measured with all heads. Fewer ones that were predicted to lose a tenth less lost a little
+more on held-out prompts of scenes-unet, at 35 % and at 50 % removed."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -118,9 +124,9 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
 def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle:
     """The bundle, with sizes of fewer heads where these are predicted to lose less.
 
-    Less than all heads would lose at as many inner channels, were every width allowed (at least
-    the smallest that is), and less than any size of no more channels. Sizes of all heads stay,
-    except those that lose more than a smaller size of fewer heads.
+    Less than `WORTH` of what all heads would lose at as many inner channels, were every width
+    allowed (at least the smallest that is), and less than any size of no more channels. Sizes of
+    all heads stay, except those that lose more than a smaller size of fewer heads.
     """
     groups, dense = bundle.groups, bundle.sizes[-1]
     counts = curves[groups[-1].name].by_heads or {}
@@ -131,7 +137,7 @@ def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle
     found = {size: bundle.error(size, curves) for size in bundle.sizes}
     for size in (Size(width, heads) for heads in counts for width in widths):
         error = bundle.error(size, curves)
-        if error < between(every, max(widths[0], size.inner / dense.heads)):
+        if pays(error, every, max(widths[0], size.inner / dense.heads)):
             found[size] = error
     sizes: list[Size] = []
     least = least_of_fewer = math.inf
@@ -142,6 +148,17 @@ def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle
             least = min(least, error)
             least_of_fewer = least_of_fewer if whole else error
     return replace(bundle, sizes=sizes)
+
+
+def pays(error: float, every: Sequence[float], width: float) -> bool:
+    """Whether fewer heads lose so little that they are offered.
+
+    Args:
+        error: that they lose.
+        every: what all heads lose, by width.
+        width: at which all heads have as many inner channels.
+    """
+    return error < WORTH * between(every, width)
 
 
 def between(values: Sequence[float], place: float) -> float:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from slimdiff import decompose
-from slimdiff.bundles import Allocation, between, sizes_of
+from slimdiff.bundles import Allocation, pays, sizes_of
 from slimdiff.config import Recipe, recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.decompose import QueryKey
@@ -73,8 +73,8 @@ def _by_heads(
 ) -> dict[str, ErrorCurve]:
     """The curves of one layer's halves, with errors by heads.
 
-    Heads go as long as those that stay would lose less than all heads of the same inner channels,
-    at some width; and no more than lose, at full width, what all heads lose at the least width.
+    Heads go as long as that pays at some width, and no more than lose, at full width, what all
+    heads lose at the least width.
     """
     query, value = curves[qk.name], curves[vo.name]
     weight, moment, damping = output_moment(denoiser, vo, statistics, recipe)
@@ -93,8 +93,11 @@ def _by_heads(
         queries[heads], values[heads] = (found.cpu() for found in errors.of(order[:heads]))
         pair = replace(query, by_heads=queries), replace(value, by_heads=values)
         if not any(
-            sum(curve.at(width, heads) for curve in pair)
-            < between(every, max(least, heads * width / vo.heads))
+            pays(
+                sum(curve.at(width, heads) for curve in pair),
+                every,
+                max(least, heads * width / vo.heads),
+            )
             for width in range(least, vo.width + 1)
         ):
             del queries[heads], values[heads]
