@@ -2,11 +2,11 @@
 
     python benchmarks/elastic.py
 
-Factors are nested, so one slim model could run at two widths. Plans are made at several shares of
-the MACs; for each pair of them, the timesteps that bear it best run the cheaper plan, as many as
-give the same mean as one plan for all. The figure is the velocity error on selection prompts along
-the dense trajectory; the assignment of timesteps is chosen on one half of the prompts and judged on
-the other.
+Slim factors span nested spaces, so one slim model could run at two widths. Plans are made at
+several shares of the MACs; for each pair of them, the timesteps that bear it best run the cheaper
+plan, as many as give the same mean as one plan for all. The figure is the velocity error on
+selection prompts along the dense trajectory; the assignment of timesteps is chosen on one half of
+the prompts and judged on the other.
 """
 
 from __future__ import annotations

@@ -2,17 +2,20 @@
 
     python benchmarks/faster.py sd15
     python benchmarks/faster.py sd15 --dtype bfloat16
-    python benchmarks/faster.py sdxl
+    python benchmarks/faster.py sdxl --allocation uniform
 
-Every layer is timed at several widths on this machine; all layers then keep the same share of
-their width (random weights have no errors to weigh), as much as the time allows. Dense and slim
-are timed once more in turn at the end, apart from the search.
+Every layer is timed at several widths on this machine. Widths are allocated by error curves that
+were probed on the model in bfloat16 with 32 by 32 latents, or (uniform) all layers keep the same
+share of their width, as much as the time allows. Dense and slim are timed once more in turn at the
+end, apart from the search.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +26,25 @@ from shapes import SHAPES, Shape, build, inputs
 from slimdiff import costs
 from slimdiff.bundles import Allocation
 from slimdiff.config import RECIPES
+from slimdiff.curves import ErrorCurve
 from slimdiff.fitting import fit_speedup, timed
 from slimdiff.planning import least_nanoseconds, make_plan
 from slimdiff.profiling import narrowed, profile
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Probes, Statistics
+from slimdiff.widths import measure_curves
 
-WANTED = (1.5, 2.0)
+WANTED, CURVE_LATENTS = (1.5, 2.0), 32
+
+
+def curves_of(shape: Shape, folder: Path) -> dict[str, ErrorCurve]:
+    """Error curves and gains under random weights, kept in a folder."""
+    small = replace(shape, dtype=torch.bfloat16, latents=min(shape.latents, CURVE_LATENTS))
+    unet = build(small)
+    with slimdiff.record(unet, num_probes=2) as statistics, torch.no_grad():
+        for seed in range(2):
+            unet(**inputs(small, seed))
+    return measure_curves(unet, statistics, folder=folder)
 
 
 def main() -> None:
@@ -38,12 +53,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--latents", type=int, default=None)
+    parser.add_argument("--allocation", choices=("probed", "uniform"), default="probed")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     options = parser.parse_args()
     shape = SHAPES[options.model]
     dtype = getattr(torch, options.dtype) if options.dtype else shape.dtype
-    shape = Shape(shape.config, dtype, options.latents or shape.latents)
-    unet = build(shape).to(memory_format=torch.channels_last)
-    call, settings = inputs(shape, 0), Allocation("uniform", multiple=options.multiple)
+    shape = replace(shape, dtype=dtype, latents=options.latents or shape.latents)
+    settings = Allocation(options.allocation, multiple=options.multiple)
+    curves: dict[str, ErrorCurve] = {}
+    if options.allocation == "probed":
+        curves = curves_of(shape, options.work / f"faster-{options.model}")
+    unet, call = build(shape).to(memory_format=torch.channels_last), inputs(shape, 0)
     groups, recipe = slimdiff.groups_of(unet), RECIPES["slimdiff"]
     start = time.perf_counter()
     times = profile(unet, groups, call, multiple=options.multiple)
@@ -53,7 +73,7 @@ def main() -> None:
 
     def plan(wanted: float, limit: int) -> slimdiff.Plan:
         budget, nothing = slimdiff.Budget(speedup=wanted), Statistics("", Probes(1))
-        parts = (groups, dense, {}, nothing, budget, recipe, settings)
+        parts = (groups, dense, curves, nothing, budget, recipe, settings)
         return make_plan(type(unet).__name__, *parts, profile=times, limit=limit)
 
     def measured(wanted: float) -> dict[str, Any]:
@@ -97,6 +117,7 @@ def main() -> None:
             "params": dense.params,
             "macs": dense.macs,
             "multiple": options.multiple,
+            "allocation": options.allocation,
             "profile_seconds": seconds,
             "rows": rows,
         },

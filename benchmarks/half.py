@@ -24,7 +24,7 @@ from slimdiff.reference.captions import prompts
 from slimdiff.widths import measure_curves
 from trial import BATCH, SAMPLING
 
-SHARE = 0.65
+SHARES = (0.65, 0.5)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -64,6 +64,19 @@ def ranges(unet: nn.Module, groups: Any, calls: list[dict[str, Any]]) -> dict[st
     return found
 
 
+def growth(unet: nn.Module, slim: nn.Module, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much larger the largest weight and activation of a group became, at most."""
+    groups = slimdiff.groups_of(unet)
+    before, after = ranges(unet, groups, calls), ranges(slim, groups, calls)
+    found: dict[str, Any] = {}
+    for i, what in enumerate(("weight", "activation")):
+        times = {group.name: after[group.name][i] / before[group.name][i] for group in groups}
+        name = max(times, key=lambda n: times[n])
+        found[f"largest_growth_of_a_{what}"] = {"group": name, "times": times[name]}
+        found[f"groups_whose_{what}_grows_over_2"] = sum(t > 2 for t in times.values())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
@@ -73,31 +86,26 @@ def main() -> None:
     unet, folder = pipe.unet, options.work / "full" / "uniform"
     config = slimdiff.CalibrationConfig(batch_size=BATCH, **SAMPLING)
     statistics = slimdiff.calibrate(pipe, prompts("calibration", 128), config, checkpoint=folder)
-    curves = measure_curves(unet, statistics, folder=folder)
-    plan = slimdiff.allocate(unet, statistics, slimdiff.Budget(params=SHARE), curves=curves)
-    slim = slimdiff.rewrite(copy.deepcopy(unet), statistics, plan, curves=curves)
-    groups, calls = slimdiff.groups_of(unet), statistics.probes.batches(8)
+    curves, calls = measure_curves(unet, statistics, folder=folder), statistics.probes.batches(8)
     exact = outputs(unet, calls, torch.float32)
-    result: dict[str, Any] = {
-        "params_share": SHARE,
-        "float32": relative(outputs(slim, calls, torch.float32), exact),
-        "dtypes": {},
-    }
-    for dtype in DTYPES:
-        pair = [copy.deepcopy(model).to(dtype) for model in (unet, slim)]
-        dense, own = (relative(outputs(model, calls, dtype), exact) for model in pair)
-        result["dtypes"][str(dtype).removeprefix("torch.")] = {"dense": dense, "slim": own}
-    before, after = ranges(unet, groups, calls), ranges(slim, groups, calls)
-    growth = {
-        group.name: [a / b for a, b in zip(after[group.name], before[group.name], strict=True)]
-        for group in groups
-    }
-    for i, what in enumerate(("weight", "activation")):
-        name = max(growth, key=lambda n: growth[n][i])
-        result[f"largest_growth_of_a_{what}"] = {"group": name, "times": growth[name][i]}
-        result[f"groups_whose_{what}_grows_over_2"] = sum(g[i] > 2 for g in growth.values())
-    print(result)
-    write("half", result)
+
+    def lost(model: nn.Module, dtype: torch.dtype) -> float:
+        return relative(outputs(copy.deepcopy(model).to(dtype), calls, dtype), exact)
+
+    rows = []
+    for share in SHARES:
+        plan = slimdiff.allocate(
+            unet, statistics, slimdiff.Budget(params=share), curves=curves, remove_layers=False
+        )
+        slim = slimdiff.rewrite(copy.deepcopy(unet), statistics, plan, curves=curves)
+        errors = {_name(dtype): lost(slim, dtype) for dtype in (torch.float32, *DTYPES)}
+        rows.append({"params_share": share, "errors": errors} | growth(unet, slim, calls))
+        print(rows[-1], flush=True)
+    write("half", {"dense": {_name(dtype): lost(unet, dtype) for dtype in DTYPES}, "rows": rows})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

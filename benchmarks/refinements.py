@@ -20,6 +20,7 @@ from torch import Tensor
 import slimdiff
 from measuring import Rows
 from refitting import residuals
+from slimdiff import bundles as bundles_
 from slimdiff import costs
 from slimdiff.bundles import Allocation, Bundle, bundles_of
 from slimdiff.config import RECIPES
@@ -65,7 +66,7 @@ class Refinements:
         """The plan as it is, under these curves or the measured ones."""
         budget = slimdiff.Budget(params=1 - share)
         how: dict[str, Any] = {"curves": curves or self.curves}
-        return slimdiff.allocate(self.dense, self.statistics, budget, **how)
+        return slimdiff.allocate(self.dense, self.statistics, budget, remove_layers=False, **how)
 
     def slim(self, plan: Plan) -> Any:
         """A slim denoiser."""
@@ -146,15 +147,16 @@ class Refinements:
         if size is None:
             return float("inf")
         return sum(
-            self.curves[group.name].at(bundle.entry(group, size).width)
-            - self.curves[group.name].at(entries[group.name].width)
+            self.curves[group.name].of(bundle.entry(group, size))
+            - self.curves[group.name].of(entries[group.name])
             for group in bundle.groups
         )
 
-    def _stepped(self, entries: Any, index: int, step: int) -> int | None:
+    def _stepped(self, entries: Any, index: int, step: int) -> bundles_.Size | None:
         bundle: Bundle = self.bundles[index]
         sizes = sorted(bundle.sizes)
-        place = sizes.index(entries[bundle.groups[0].name].width) + step
+        entry = entries[bundle.groups[0].name]
+        place = sizes.index(bundles_.Size(entry.width, entry.heads)) + step
         return sizes[place] if 0 <= place < len(sizes) else None
 
     def _moved(self, entries: Any, down: int, up: int) -> Any:

@@ -1,10 +1,11 @@
-"""What removing whole layers buys, and what spreading the probes over the timesteps does.
+"""What removing whole layers and heads buys, and what spreading the probes over the timesteps does.
 
     python benchmarks/removal.py            # goes on where it was stopped
 
-Plans for the bundled UNet under several budgets, with layers that may only narrow and with layers
-that may go wholly, from draws of sixteen probes out of the same calls; and the same with probes
-drawn at random, as they once were. The figure is the velocity error on test prompts.
+Plans for the bundled UNet under several budgets: with layers that may only narrow, with layers that
+may go wholly, with heads that may go too, from draws of sixteen probes out of the same calls; and
+the same with probes drawn at random, as they once were. The figure is the velocity error on test
+prompts; `--split selection` takes those that anything may be tuned on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import slimdiff
-from measuring import Rows
+from measuring import RESULTS, Rows
 from slimdiff.bundles import Allocation
 from slimdiff.config import RECIPES
 from slimdiff.jobs import Job
@@ -30,6 +31,7 @@ SHARES = (0.65, 0.5, 0.4)
 DRAWS = 1  # a row takes minutes; more draws go on in the same file
 CALIBRATION, POOL = 64, 16
 SIZE = Size(images=32, errors=32, runs=1)
+VARIANTS = ("narrowed", "removing", "removing heads too")
 
 
 class RandomProbes(Probes):
@@ -42,8 +44,8 @@ class RandomProbes(Probes):
 class Removal:
     """The trial, statistics of one calibration, and the calls that probes are drawn from."""
 
-    def __init__(self, work: Path) -> None:
-        self.trial = Trial(SIZE)
+    def __init__(self, work: Path, results: Path, split: str) -> None:
+        self.trial = Trial(SIZE, split=split)
         self.unet = self.trial.pipe.unet
         config = slimdiff.CalibrationConfig(batch_size=BATCH, **SAMPLING)
         texts = prompts("calibration", CALIBRATION)
@@ -58,8 +60,8 @@ class Removal:
             "error_prompts": SIZE.errors,
             "images": SIZE.images,
             "sampling": SAMPLING,
-        }
-        self.rows = Rows("removal", settings)
+        } | ({} if split == "test" else {"split": split})
+        self.rows = Rows("removal", settings, results)
 
     @cache  # noqa: B019  (one object, which lives as long as the process)
     def job(self, draw: int, spread: bool, share: float) -> Job:
@@ -78,10 +80,11 @@ class Removal:
         statistics = replace(self.statistics, probes=probes)
         return statistics, measure_curves(self.unet, statistics)
 
-    def row(self, draw: int, spread: bool, share: float, removing: bool) -> dict[str, Any]:
+    def row(self, draw: int, spread: bool, share: float, variant: str) -> dict[str, Any]:
         """One plan: what it loses on its probes and on test prompts."""
         job = self.job(draw, spread, share)
-        plan = (job.removing() if removing else job).plan()
+        heads = variant == VARIANTS[2]
+        plan = (job if variant == VARIANTS[0] else job.removing(heads=heads)).plan()
         gone = plan.removed(job.groups)
         slim = slimdiff.rewrite(
             self.trial.copy_of_denoiser(), job.statistics, plan, curves=job.curves
@@ -97,20 +100,24 @@ class Removal:
             "scene_accuracy": quality["scene_accuracy"],
             "removed": sorted({group.layer for group in gone}),
             "layers_removed": len({group.layer for group in gone}),
+            "heads_removed": plan.figures.get("heads_removed", 0),
         }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
-    measured = Removal(parser.parse_args().work)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--split", choices=("test", "selection"), default="test")
+    asked = parser.parse_args()
+    measured = Removal(asked.work, asked.results, asked.split)
     for draw in range(DRAWS):
-        for spread, removing in ((True, False), (True, True), (False, False)):
-            name = f"{'spread' if spread else 'random'}, {'removing' if removing else 'narrowed'}"
+        for spread, variant in (*((True, variant) for variant in VARIANTS), (False, VARIANTS[0])):
+            name = f"{'spread' if spread else 'random'}, {variant}"
             for share in SHARES:
                 measured.rows.measure(
                     f"{share} {name} {draw}",
-                    lambda: measured.row(draw, spread, share, removing),  # noqa: B023  (called at once)
+                    lambda: measured.row(draw, spread, share, variant),  # noqa: B023  (called at once)
                 )
 
 

@@ -89,6 +89,7 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
         [
             result["model"],
             f"{result['dtype']}, {result['latents']} by {result['latents']}",
+            result.get("allocation", "uniform"),
             f"{row['wanted']}",
             *(
                 [
@@ -108,6 +109,7 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
     head = (
         "UNet",
         "dtype, latents",
+        "allocation",
         "times faster, asked",
         "measured",
         "one call",
@@ -121,8 +123,9 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
         for result in results
     )
     return (
-        "## Speed that was asked for\n\nRandom weights; ResNets, attention and feed-forward all "
-        "keep the same share of their widths, as much as the time allows. Dense and slim calls at "
-        "batch 1, interleaved, apart from the search.\n\n"
+        "## Speed that was asked for\n\nRandom weights; ResNets, attention and feed-forward, as "
+        "much of them as the time allows: as their error curves say (probed), or all with the same "
+        "share of their widths (uniform). Dense and slim calls at batch 1, interleaved, apart from "
+        "the search.\n\n"
         f"{table(head, rows)}\n\n{commands}\n"
     )

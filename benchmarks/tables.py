@@ -66,21 +66,25 @@ def elastic(result: dict[str, Any]) -> str:
 
 def half(result: dict[str, Any]) -> str:
     """Slim models in half precision."""
+
+    def grown(row: dict[str, Any], what: str) -> str:
+        over = row[f"groups_whose_{what}_grows_over_2"]
+        return f"{row[f'largest_growth_of_a_{what}']['times']:.2f} ({over} groups over 2)"
+
+    dtypes = list(result["rows"][0]["errors"])
+    dense = ["100%", *(f"{result['dense'].get(dtype, 0.0):.2e}" for dtype in dtypes), "", ""]
     rows = [
-        [name, f"{found['dense']:.2e}", f"{found['slim']:.2e}"]
-        for name, found in result["dtypes"].items()
+        [f"{row['params_share']:.0%}"]
+        + [f"{row['errors'][dtype]:.2e}" for dtype in dtypes]
+        + [grown(row, "weight"), grown(row, "activation")]
+        for row in result["rows"]
     ]
-    growth = "; ".join(
-        f"the largest {what} grows at most {found['times']:.2f} times ({found['group']}), over "
-        f"twice in {result[f'groups_whose_{what}_grows_over_2']} groups"
-        for what in ("weight", "activation")
-        if (found := result[f"largest_growth_of_a_{what}"])
-    )
+    head = ("parameters left", *dtypes, "largest weight grows", "largest activation grows")
     return (
-        f"## Half precision\n\nVelocity error on the probes against the dense float32 model, with "
-        f"{result['params_share']:.0%} of the parameters left; the slim model in float32 has "
-        f"{result['float32']:.2e}. Over the dense range, {growth}.\n\n"
-        f"{table(('dtype', 'dense', 'slim'), rows)}\n\n{made_by(result)}\n"
+        "## Half precision\n\nVelocity error on the probes against the dense float32 model; and "
+        "how many times larger than in the dense model the largest weight and activation of a "
+        f"group become, at most over all groups.\n\n{table(head, [dense, *rows])}\n\n"
+        f"{made_by(result)}\n"
     )
 
 

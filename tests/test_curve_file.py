@@ -27,7 +27,7 @@ def test_a_second_measurement_reads_the_first(recorded, tmp_path):
     first = measure_curves(model, statistics, folder=tmp_path, progress=lambda *s: seen.append(s))
     asked = len(seen)
     again = measure_curves(model, statistics, folder=tmp_path, progress=lambda *s: seen.append(s))
-    assert asked == len(seen) == len(first)
+    assert asked == len(seen) and len([s for s in seen if s[0] == "probe"]) == len(first)
     for name, curve in first.items():
         assert torch.equal(curve.errors, again[name].errors) and curve.gain == again[name].gain
         assert (curve.order is None) == (again[name].order is None)
@@ -44,7 +44,8 @@ def test_an_interrupted_measurement_goes_on(recorded, tmp_path):
     kept.save(some)
     seen = []
     again = measure_curves(model, statistics, folder=tmp_path, progress=lambda *s: seen.append(s))
-    assert len(seen) == len(whole) - 2 and seen[0][1] == 3
+    probed = [s for s in seen if s[0] == "probe"]
+    assert len(probed) == len(whole) - 2 and probed[0][1] == 3
     assert set(again) == set(whole) == set(kept.load())
 
 
@@ -76,4 +77,5 @@ def test_compress_writes_what_it_did(tmp_path):
     for row in found["groups"]:
         curve = row["curve"]
         assert row["width"] in curve["widths"] and row["dense_width"] == curve["widths"][-1]
-        assert len(curve["errors"]) == len(curve["widths"]) and curve["errors"][-1] < 1e-9
+        assert len(curve["errors"]) == len(curve["widths"])
+        assert curve["errors"][-1] < 1e-9 or row["heads"] < row["dense_heads"]

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from slimdiff import decompose
+from slimdiff.decompose.mixing import even_mix
 
 HEADS, E, INNER, OUT, TOKENS = 3, 5, 15, 7, 60
 EXACT = 1e-13  # damping too small to see
@@ -102,8 +103,9 @@ def test_query_key_maps_are_balanced_to_the_ratio_that_there_was():
     energies = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (q_hee, k_hee))
     ratio_h = torch.div(*energies)
     assert_close(q_slim, k_slim * ratio_h.view(-1, 1, 1), rtol=1e-6, atol=1e-9)
-    diagonal = torch.diag_embed(q_slim.diagonal(dim1=1, dim2=2))
-    assert_close(q_slim, diagonal, rtol=0, atol=1e-8 * float(q_slim.max()) + 1e-8)
+    unmixed = even_mix(3, q_slim) @ q_slim @ even_mix(3, q_slim).mT
+    diagonal = torch.diag_embed(unmixed.diagonal(dim1=1, dim2=2))
+    assert_close(unmixed, diagonal, rtol=0, atol=1e-8 * float(q_slim.max()) + 1e-8)
 
 
 @settings(deadline=None, max_examples=25)
@@ -156,11 +158,12 @@ def test_refit_is_never_worse(seed, width):
     assert errors[0] <= errors[1] * (1 + 1e-9)
 
 
-def test_value_maps_are_orthonormal_and_nested():
+def test_value_maps_are_orthonormal_and_span_nested_spaces():
     found = decompose.value_output(weight(0), full_moment(samples(0)), HEADS, refit=True)
     v_her = found.maps(3)["v"]
     assert_close(v_her.mT @ v_her, torch.eye(3).double().expand(HEADS, 3, 3))
-    assert torch.equal(found.maps(2)["v"], v_her[..., :2])
+    narrower_her = found.maps(2)["v"]
+    assert_close(v_her @ (v_her.mT @ narrower_her), narrower_her)
 
 
 def decompositions(q_ni: Tensor, z_ni: Tensor, w_oi: Tensor) -> list[decompose.Decomposition]:
@@ -315,3 +318,19 @@ def test_queries_and_keys_keep_their_range(scale):
         maps = decompose.query_key(*moments).maps(width)
         for y, map_ in ((q, maps["q"]), (k, maps["k"])):
             assert (y @ map_).square().sum() <= 1.0001 * y.square().sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 40])
+def test_even_mix_is_orthogonal_and_no_direction_stands_out(width: int) -> None:
+    mix_rr = even_mix(width, torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(mix_rr.mT @ mix_rr, torch.eye(width, dtype=torch.float64))
+    assert mix_rr.abs().max() <= (2 / width) ** 0.5 + 1e-12
+
+
+def test_slim_channels_of_a_head_are_about_equally_strong() -> None:
+    strengths = torch.tensor([1e3, 10.0, 1.0, 0.1], dtype=torch.float64)
+    moment_hee = torch.diag(strengths)[None]
+    maps = decompose.query_key(moment_hee, moment_hee).maps(3)
+    for role in ("q", "k"):
+        energy_r = (maps[role].mT @ moment_hee @ maps[role]).diagonal(dim1=-2, dim2=-1)
+        assert energy_r.max() <= 2 * strengths.sum() / 3

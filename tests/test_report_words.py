@@ -27,13 +27,14 @@ def compressed(**figures):
 def test_figures_have_one_name():
     found = sample_results.complete()
     figures = found["plan"]["figures"]
-    figures["layers_removed"] = 1
+    figures |= {"layers_removed": 1, "heads_removed": 2}
     figures["rounds"] = {"asked": 2, "kept": True, "error_one_shot": 3e-7, "error": 2e-7}
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
         "velocity error on probes",
         "layers removed wholly",
+        "attention heads removed elsewhere",
         "rounds of calibration",
     }
     text = text_of(found)

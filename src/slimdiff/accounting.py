@@ -67,7 +67,7 @@ def _row(
         "heads": entry.heads,
         "dense_heads": entry.dense_heads,
         "gain": None if curve is None else curve.gain,
-        "curve": None if curve is None else sampled(curve, entry.width),
+        "curve": None if curve is None else sampled(curve, entry),
     }
     for metric in ("params", "macs"):
         fixed = cost.fixed if metric == "params" else 0
@@ -76,9 +76,13 @@ def _row(
     return row
 
 
-def sampled(curve: ErrorCurve, width: int) -> dict[str, list[Any]]:
-    """About `POINTS` points of a curve, evenly spaced, with both ends and the chosen width."""
+def sampled(curve: ErrorCurve, entry: Entry) -> dict[str, list[Any]]:
+    """About `POINTS` points of a curve, evenly spaced, with both ends and the chosen width.
+
+    The curve is that of the heads that stay, where it is known.
+    """
+    fewer = entry.heads if entry.heads in (curve.by_heads or {}) else None
     dense = len(curve.errors) - 1
     step = max(1, dense // POINTS)
-    widths = sorted({*range(0, dense, step), dense, width})
-    return {"widths": widths, "errors": [curve.at(w) for w in widths]}
+    widths = sorted({*range(0, dense, step), dense, entry.width})
+    return {"widths": widths, "errors": [curve.at(width, fewer) for width in widths]}

@@ -22,12 +22,12 @@ class Unit:
 
     Attributes:
         name: for messages.
-        sizes: allowed sizes, ascending; the last is the dense one.
+        sizes: inner channels at each allowed size, ascending; the last is the dense one.
         costs: cost at each size, strictly ascending.
         errors: predicted error of the denoiser's output at each size (probed allocation).
         score: influence of the unit's block (entropic allocation).
         importances: importance of every head or hidden unit, relative to the most important of
-            its layer (threshold allocation); `sizes` then counts heads or hidden units.
+            its layer (threshold allocation).
     """
 
     name: str

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from slimdiff import allocate
 from slimdiff.config import Recipe
+from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry
@@ -16,7 +19,8 @@ from slimdiff.plan import Entry
 class Allocation:
     """How widths are chosen: the allocator, tying, the multiple and the entropic temperature.
 
-    `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles.
+    `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles;
+    with `heads` whole heads may go where curves say what is lost without them.
     """
 
     name: str
@@ -24,6 +28,7 @@ class Allocation:
     multiple: int = 8
     temperature: float = 0.3
     removable: frozenset[str] = frozenset()
+    heads: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
@@ -34,22 +39,50 @@ class Allocation:
             raise SlimdiffError(f"multiple must be at least 1, got {self.multiple}")
 
 
+class Size(NamedTuple):
+    """Channels per head and heads; hidden units, channels or a rank, and 1."""
+
+    width: int
+    heads: int
+
+    @property
+    def inner(self) -> int:
+        """Inner channels: of two sizes the one with more of them costs more."""
+        return self.width * self.heads
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """Groups that share one size, with what a size means for them."""
+    """Groups that share one size, with what a size means for them.
+
+    Attributes:
+        groups: the halves of an attention layer, or one group.
+        by_heads: heads keep the width of their group, whatever the size says.
+        sizes: by inner channels, ascending; the last is the dense one.
+    """
 
     groups: tuple[Group, ...]
     by_heads: bool
-    sizes: list[int]
+    sizes: list[Size]
 
-    def inner(self, group: Group, size: int) -> int:
+    @property
+    def widths(self) -> list[float]:
+        """Of every size the width at which all heads have as many inner channels."""
+        return [size.inner / self.groups[0].heads for size in self.sizes]
+
+    def inner(self, group: Group, size: Size) -> int:
         """Inner channels of one of the groups at a size."""
-        return size * (group.width if self.by_heads else group.heads)
+        entry = self.entry(group, size)
+        return entry.width * entry.heads
 
-    def entry(self, group: Group, size: int) -> Entry:
+    def entry(self, group: Group, size: Size) -> Entry:
         """What a size means for one of the groups."""
-        width, heads = (group.width, size) if self.by_heads else (size, group.heads)
-        return Entry(group.kind, width, group.width, heads, group.heads)
+        width = group.width if self.by_heads else size.width
+        return Entry(group.kind, width, group.width, size.heads, group.heads)
+
+    def error(self, size: Size, curves: Mapping[str, ErrorCurve]) -> float:
+        """Predicted error of the denoiser's output at a size."""
+        return sum(curves[group.name].of(self.entry(group, size)) for group in self.groups)
 
 
 def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) -> list[Bundle]:
@@ -71,13 +104,13 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         if by_heads and (first.fixed_heads or not queries):
             continue
         sizes = (
-            allocate.allowed_sizes(first.heads, 1)
+            [Size(first.width, heads) for heads in allocate.allowed_sizes(first.heads, 1)]
             if by_heads
-            else sizes_of(first, allocation.multiple)
+            else _widths(first, allocation.multiple)
         )
         whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
         if allocation.name == "probed" and whole and first.layer in allocation.removable:
-            sizes = [0, *sizes]
+            sizes = [Size(0, first.heads), *sizes]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles
 
@@ -92,3 +125,42 @@ def untied_layers(groups: Sequence[Group]) -> set[str]:
     """Attention layers whose values have another width than their queries that can shrink."""
     queries = {group.layer: group.width for group in groups if group.kind == "query_key"}
     return {group.layer for group in groups if queries.get(group.layer, group.width) != group.width}
+
+
+def _widths(group: Group, multiple: int) -> list[Size]:
+    return [Size(width, group.heads) for width in sizes_of(group, multiple)]
+
+
+def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle:
+    """The bundle, with sizes of fewer heads where these are predicted to lose less.
+
+    Less than all heads would lose at as many inner channels, were every width allowed (at least
+    the smallest that is), and less than any size of no more channels. Sizes of all heads stay,
+    except those that lose more than a smaller size of fewer heads.
+    """
+    groups, dense = bundle.groups, bundle.sizes[-1]
+    counts = curves[groups[-1].name].by_heads or {}
+    if len(groups) == 1 or not counts:
+        return bundle
+    widths = [size.width for size in bundle.sizes if size.width]
+    every = [bundle.error(Size(width, dense.heads), curves) for width in range(dense.width + 1)]
+    found = {size: bundle.error(size, curves) for size in bundle.sizes}
+    for size in (Size(width, heads) for heads in counts for width in widths):
+        error = bundle.error(size, curves)
+        if error < between(every, max(widths[0], size.inner / dense.heads)):
+            found[size] = error
+    sizes: list[Size] = []
+    least = least_of_fewer = math.inf
+    for size in sorted(found, key=lambda size: (size.inner, found[size])):
+        whole, error = size.heads == dense.heads, found[size]
+        if error <= least_of_fewer if whole else error < least:
+            sizes.append(size)
+            least = min(least, error)
+            least_of_fewer = least_of_fewer if whole else error
+    return replace(bundle, sizes=sizes)
+
+
+def between(values: Sequence[float], place: float) -> float:
+    """The value at a place between two indices, linearly."""
+    low = min(int(place), len(values) - 2)
+    return values[low] + (values[low + 1] - values[low]) * (place - low)

@@ -62,9 +62,15 @@ class CurveFile:
             tensors[f"errors/{name}"] = curve.errors.contiguous()
             if curve.order is not None:
                 tensors[f"order/{name}"] = curve.order.cpu().to(torch.int32)
+            for heads, errors in (curve.by_heads or {}).items():
+                tensors[f"errors of {heads} heads/{name}"] = errors.contiguous()
         gains: dict[str, Any] = {name: curve.gains for name, curve in curves.items()}
         removed = {name: curve.removed for name, curve in curves.items()}
         measured = {"key": self.key, "gains": gains, "removed": removed}
+        measured["heads"] = {
+            name: None if curve.by_heads is None else list(curve.by_heads)
+            for name, curve in curves.items()
+        }
         header = {"slimdiff": json.dumps(measured)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -76,4 +82,7 @@ def _curve(name: str, measured: Mapping[str, Any], tensors: Mapping[str, Tensor]
     order, gains = tensors.get(f"order/{name}"), measured["gains"][name]
     by_width = None if gains is None else {int(width): gain for width, gain in gains.items()}
     order = None if order is None else order.long()
-    return ErrorCurve(tensors[f"errors/{name}"], by_width, order, measured["removed"][name])
+    heads = measured.get("heads", {}).get(name)  # files of before heads could go lack it
+    by_heads = None if heads is None else {n: tensors[f"errors of {n} heads/{name}"] for n in heads}
+    removed = measured["removed"][name]
+    return ErrorCurve(tensors[f"errors/{name}"], by_width, order, removed, by_heads)

@@ -20,6 +20,7 @@ from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS, Group, layer_at, weight_of
+from slimdiff.plan import Entry
 from slimdiff.probing import Probed
 from slimdiff.recipes import Ordered, decompose_group, factor_of
 from slimdiff.removal import constant_weights, removable_layers
@@ -44,16 +45,19 @@ class ErrorCurve:
         errors: (dense width + 1,) float64 on the CPU; squared error of the group's own output.
         gains: width -> relative squared error of the denoiser's output per unit of `errors`;
             None where it was not measured.
-        order: hidden units or ResNet channels, most useful first; saves ordering them again.
+        order: hidden units, ResNet channels or heads, most useful first; saves ordering them again.
         removed: relative squared error of the denoiser's output when the group's layer puts out
             its mean (0 for queries and keys, which then do not matter); None if it cannot, or was
             not measured.
+        by_heads: heads that stay -> errors as above, for the fewer heads of an attention layer that
+            may be worth their while; None where nobody looked. Gains are those of all heads.
     """
 
     errors: Tensor = field(repr=False)
     gains: Mapping[int, float] | None = None
     order: Tensor | None = field(default=None, repr=False)
     removed: float | None = None
+    by_heads: Mapping[int, Tensor] | None = field(default=None, repr=False)
 
     @property
     def ordered(self) -> Ordered | None:
@@ -65,14 +69,24 @@ class ErrorCurve:
         """The gain at the widest of the widths where it was measured."""
         return None if self.gains is None else self.gains[max(self.gains)]
 
-    def at(self, width: int) -> float:
-        """Predicted relative squared error of the denoiser's output at `width`."""
+    def at(self, width: int, heads: int | None = None) -> float:
+        """Predicted relative squared error of the denoiser's output at `width`.
+
+        Args:
+            width: channels per head that stay, hidden units, channels or rank.
+            heads: how many stay, if not all; one of `by_heads`.
+        """
         if width == 0 and self.removed is not None:
             return self.removed
-        return float(self.errors[width]) * self._gain_at(width)
+        errors = self.errors if heads is None else (self.by_heads or {})[heads]
+        return float(errors[width]) * self.gain_at(width)
 
-    def _gain_at(self, width: int) -> float:
-        """Interpolated in its logarithm; beyond the measured widths that of the nearest."""
+    def of(self, entry: Entry) -> float:
+        """Predicted relative squared error of the denoiser's output under a plan's entry."""
+        return self.at(entry.width, None if entry.heads == entry.dense_heads else entry.heads)
+
+    def gain_at(self, width: int) -> float:
+        """Gain, interpolated in its logarithm; beyond the measured widths that of the nearest."""
         if self.gains is None:
             return 1.0
         widths = sorted(self.gains)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve, effective_weights
-from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import Group
+from slimdiff.heads import kept_heads
 from slimdiff.plan import Plan
 from slimdiff.probing import Probed
 from slimdiff.profiling import calling, narrowed
-from slimdiff.recipes import decompose_group
+from slimdiff.recipes import maps_of
 from slimdiff.removal import constant_weights
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
@@ -146,15 +146,15 @@ def measured_error(
     All groups shrink together: their dense-size weights that behave as the slim ones are swapped in
     for one run.
     """
-    recipe = recipe_named(plan.recipe)
+    denoiser, recipe = probes.denoiser, recipe_named(plan.recipe)
+    kept = kept_heads(denoiser, groups, statistics, plan, curves)
     weights: dict[str, Tensor] = {}
     for group in plan.changed(groups):
-        if plan.entries[group.name].width == 0:
-            weights |= constant_weights(probes.denoiser, group, statistics)
+        entry = plan.entries[group.name]
+        if entry.width == 0:
+            weights |= constant_weights(denoiser, group, statistics)
             continue
-        ordered = curves[group.name].ordered
-        found = decompose_group(probes.denoiser, group, statistics, recipe, ordered)
-        assert isinstance(found, Decomposition)
-        maps = found.maps(plan.entries[group.name].width)
-        weights |= effective_weights(probes.denoiser, group, maps)
+        ordered, which = curves[group.name].ordered, kept.get(group.layer)
+        maps = maps_of(denoiser, group, statistics, recipe, entry, ordered=ordered, kept=which)
+        weights |= effective_weights(denoiser, group, maps)
     return probes.error(weights)

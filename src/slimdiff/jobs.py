@@ -49,12 +49,12 @@ class Job:
         self.budget, self.recipe, self.settings = budget, recipe, settings
         self.costs = costs_.measure(denoiser, self.groups, inputs)
 
-    def removing(self) -> Job:
-        """The same, where the layers whose removal was measured may go."""
+    def removing(self, *, heads: bool = True) -> Job:
+        """The same, where the layers whose removal was measured may go, and heads if so told."""
         measured = {name for name, curve in self.curves.items() if curve.removed is not None}
         removable = frozenset(g.layer for g in self.groups if g.name in measured)
         job = copy.copy(self)
-        job.settings = replace(self.settings, removable=removable)
+        job.settings = replace(self.settings, removable=removable, heads=heads)
         return job
 
     @functools.cached_property
@@ -118,17 +118,24 @@ def as_good(job: Job) -> Plan:
 
 
 def best_of(job: Job, fit: Callable[[Job], Plan]) -> Plan:
-    """A plan that may remove layers, unless one that keeps them is better, as measured.
+    """The best, as measured, of the plans that may remove layers and heads, layers alone, and none.
 
-    Without a layer errors are large, and several may add up to more than their sum.
+    Without a layer or a head errors are large, and several may add up to more than their sum.
     """
+    if job.settings.name != "probed":
+        return fit(job)
     plan = fit(job.removing())
-    if not plan.figures.get("layers_removed"):
-        return plan
-    try:
-        keeping = fit(job)
-    except SlimdiffError:  # out of reach for them
+    plans = [plan]
+    for fewer, removed in ((job.removing(heads=False), "heads_removed"), (job, "layers_removed")):
+        if removed not in plan.figures:
+            continue
+        try:
+            plan = fit(fewer)
+        except SlimdiffError:  # out of reach for them
+            continue
+        plans.append(plan)
+    if len(plans) == 1:
         return plan
     if job.budget.largest_error is not None:
-        return min(plan, keeping, key=lambda made: int(made.figures["macs"]))
-    return min(plan, keeping, key=job.lost)
+        return min(plans, key=lambda made: int(made.figures["macs"]))
+    return min(plans, key=job.lost)

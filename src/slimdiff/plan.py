@@ -140,12 +140,18 @@ class Plan:
 
     def _check_heads(self, groups: Sequence[Group]) -> None:
         heads: dict[str, int] = {}
+        queries = {group.layer for group in groups if group.kind == "query_key"}
         for group in groups:
             kept = self.entries[group.name].heads if group.name in self.entries else group.heads
             if heads.setdefault(group.layer, kept) != kept:
                 raise SlimdiffError(
                     f"{group.name}: keeps {kept} heads, but its attention layer's other half "
                     f"keeps {heads[group.layer]}; give both the same"
+                )
+            if kept != group.heads and group.layer not in queries:
+                raise SlimdiffError(
+                    f"{group.name}: keeps {kept} of {group.heads} heads, but the queries and keys "
+                    f"of its layer stay as they are; keep all heads, narrow them"
                 )
 
     def _check_tied(self, groups: Sequence[Group]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimdiff import allocate
 from slimdiff.budget import Budget
-from slimdiff.bundles import Allocation, Bundle, bundles_of, untied_layers
+from slimdiff.bundles import Allocation, Bundle, bundles_of, untied_layers, with_fewer_heads
 from slimdiff.config import Recipe
 from slimdiff.costs import Costs
 from slimdiff.curves import ErrorCurve
@@ -53,6 +53,8 @@ def make_plan(
     bundles = bundles_of(groups, recipe, allocation)
     if limit is None and largest_error is None:
         limit = check_budget(groups, costs, budget, recipe, allocation)
+    if allocation.heads and allocation.name == "probed":
+        bundles = [with_fewer_heads(bundle, curves) for bundle in bundles]
     prices = [_prices(bundle, costs, budget.metric, profile) for bundle in bundles]
     units = [
         _unit(bundle, price, curves, statistics, allocation)
@@ -65,7 +67,7 @@ def make_plan(
     else:
         fixed = total - sum(unit.costs[-1] for unit in units)
         chosen = _solve(units, limit - fixed, allocation)
-    sizes = [unit.sizes[index] for unit, index in zip(units, chosen, strict=True)]
+    sizes = [bundle.sizes[index] for bundle, index in zip(bundles, chosen, strict=True)]
     entries = {
         group.name: bundle.entry(group, size)
         for bundle, size in zip(bundles, sizes, strict=True)
@@ -73,9 +75,7 @@ def make_plan(
     }
     figures = counted(groups, costs, entries)
     if allocation.name == "probed":
-        figures["predicted_error"] = sum(
-            curves[name].at(entry.width) for name, entry in entries.items()
-        )
+        figures["predicted_error"] = sum(curves[name].of(entry) for name, entry in entries.items())
     return Plan(denoiser, recipe.name, entries, allocation.name, budget.describe(), figures)
 
 
@@ -125,7 +125,7 @@ def least_nanoseconds(
     """What a call takes at the smallest widths, by the profile."""
     saved = 0
     for bundle in bundles_of(groups, recipe, allocation):
-        times = profile.nanoseconds(bundle.groups[0].layer, bundle.sizes)
+        times = profile.nanoseconds(bundle.groups[0].layer, bundle.widths)
         saved += times[-1] - times[0]
     return profile.dense_nanoseconds - saved
 
@@ -133,7 +133,10 @@ def least_nanoseconds(
 def smallest_count(
     groups: Sequence[Group], costs: Costs, metric: str, recipe: Recipe, allocation: Allocation
 ) -> int:
-    """What the whole denoiser has at the smallest widths."""
+    """What the whole denoiser has at the smallest widths of all heads.
+
+    Where fewer heads may go is known only once curves are.
+    """
     smallest = costs.total(metric)
     for bundle in bundles_of(groups, recipe, allocation):
         least, dense = (
@@ -181,7 +184,7 @@ def _advice(budget: Budget, removable: int) -> str:
 def _prices(bundle: Bundle, costs: Costs, metric: str, profile: Profile | None) -> list[int]:
     """What each size costs: a count, or nanoseconds."""
     if profile is not None:
-        return profile.nanoseconds(bundle.groups[0].layer, bundle.sizes)
+        return profile.nanoseconds(bundle.groups[0].layer, bundle.widths)
     return [
         sum(costs.groups[g.name].of(metric, bundle.inner(g, size)) for g in bundle.groups)
         for size in bundle.sizes
@@ -198,9 +201,9 @@ def _unit(
     groups = bundle.groups
     return allocate.Unit(
         name=groups[0].layer,
-        sizes=bundle.sizes,
+        sizes=[size.inner for size in bundle.sizes],
         costs=prices,
-        errors=[sum(curves[g.name].at(size) for g in groups) for size in bundle.sizes]
+        errors=[bundle.error(size, curves) for size in bundle.sizes]
         if allocation.name == "probed"
         else (),
         score=float(statistics.mean(f"{groups[0].block}/influence"))
@@ -235,6 +238,9 @@ def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry])
         figures |= {f"{metric}_dense": dense, metric: dense - saved}
     if gone := {group.layer for group in groups if not _inner(entries, group)}:
         figures["layers_removed"] = len(gone)
+    values = [g for g in groups if g.kind == "value_output" and g.layer not in gone]
+    if heads := sum(g.heads - entries[g.name].heads for g in values if g.name in entries):
+        figures["heads_removed"] = heads
     return figures
 
 

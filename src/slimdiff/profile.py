@@ -32,7 +32,7 @@ class Profile:
         """Of one call of the dense denoiser."""
         return round(1e9 * self.seconds)
 
-    def of(self, layer: str, width: int) -> float:
+    def of(self, layer: str, width: float) -> float:
         """Seconds of a layer at any width, interpolated between those that were timed."""
         times = self.layers[layer]
         widths = sorted(times)
@@ -43,7 +43,7 @@ class Profile:
         a, b = widths[right - 1], widths[right]
         return times[a] + (times[b] - times[a]) * (width - a) / (b - a)
 
-    def nanoseconds(self, layer: str, widths: Sequence[int]) -> list[int]:
+    def nanoseconds(self, layer: str, widths: Sequence[float]) -> list[int]:
         """Times at ascending widths, made strictly ascending: a narrower layer counts as no slower.
 
         A narrow width that is slower than a wide one costs what the wide one costs, less 1 ns for

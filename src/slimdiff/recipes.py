@@ -13,6 +13,7 @@ from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition, HeadSelection
 from slimdiff.groups import Group, layer_at, weight_of
+from slimdiff.plan import Entry
 from slimdiff.statistics import Statistics
 
 
@@ -54,6 +55,34 @@ def decompose_group(
     return DECOMPOSERS[group.kind](denoiser, group, statistics, recipe, ordered)
 
 
+def maps_of(
+    denoiser: nn.Module,
+    group: Group,
+    statistics: Statistics,
+    recipe: Recipe,
+    entry: Entry,
+    *,
+    ordered: Ordered | None = None,
+    kept: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The maps of one group under an entry of a plan.
+
+    Args:
+        denoiser, group, statistics, recipe, ordered: as for `decompose_group`.
+        entry: the group's; of a layer that stays.
+        kept: the heads that stay, ascending, where some go from a layer that is also narrowed.
+
+    Raises:
+        SlimdiffError: as for `decompose_group`.
+    """
+    found = decompose_group(denoiser, group, statistics, recipe, ordered)
+    if isinstance(found, HeadSelection):
+        return found.maps(entry.heads)
+    if kept is None:
+        return found.maps(entry.width)
+    return decompose.maps_of_heads(found, kept.to(found.errors.device), entry.width)
+
+
 def _query_key(
     denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
 ) -> Decomposition | HeadSelection:
@@ -70,13 +99,21 @@ def _value_output(
 ) -> Decomposition | HeadSelection:
     if recipe.heads:
         return _whole_heads(group, statistics)
+    weight, moment, damping = output_moment(denoiser, group, statistics, recipe)
     refit = recipe.values == "refit"
+    return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
+
+
+def output_moment(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe
+) -> tuple[Tensor, Tensor, float]:
+    """Weight (o, i) of a value-output group, the moment that it is refit under, and the ridge."""
     moment = statistics.mean(f"{group.layer}/{VALUE_MOMENTS[recipe.values]}")
+    refit = recipe.values == "refit"
     damping = _damping(statistics, f"{group.layer}/z", moment) if refit else decompose.DAMPING
     # Both streams of joint attention read the same values: one basis serves both outputs.
     outputs = [weight_of(denoiser, group, role) for role in group.streams("out")]
-    weight = torch.cat(outputs).double()
-    return decompose.value_output(weight, moment, group.heads, refit=refit, damping=damping)
+    return torch.cat(outputs).double(), moment, damping
 
 
 def _feed_forward(

@@ -12,7 +12,8 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
 - `groups`: a list of {"name", "kind", "block", "layer", "width", "dense_width", "heads",
   "dense_heads", "params", "params_dense", "macs", "macs_dense", "gain", "curve": {"widths": [...],
   "errors": [...]}}; `curve` is the predicted relative squared error of the denoiser's output (of
-  the group's own output where `gain` is None), or None where the recipe has none.
+  the group's own output where `gain` is None) with the heads that stay, or None where the recipe
+  has none.
 - `rest`: {"params", "macs"} of everything that is in no group.
 - `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
   "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count",

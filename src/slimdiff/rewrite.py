@@ -13,9 +13,10 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.families import groups_of
-from slimdiff.groups import LAYERS, Group, Layer, layer_at, stem, weight_of
+from slimdiff.groups import Group, Layer, layer_at, stem, weight_of
+from slimdiff.heads import kept_heads
 from slimdiff.plan import Entry, Plan, SlimRecord
-from slimdiff.recipes import Ordered, check_statistics, decompose_group
+from slimdiff.recipes import check_statistics, maps_of
 from slimdiff.removal import check_removed, remove_layers_
 from slimdiff.shapes import joined, slim_config
 from slimdiff.statistics import Statistics
@@ -79,12 +80,15 @@ def slim_groups_(
     Maps are keyed `<group name>/<map name>`, on the CPU. Layers that go put out their mean.
     """
     maps: dict[str, Tensor] = {}
+    recipe, kept = recipe_named(plan.recipe), kept_heads(denoiser, groups, statistics, plan, curves)
     remove_layers_(denoiser, plan.removed(groups), statistics)
     changed = sorted(plan.narrowed(groups), key=_first_column, reverse=True)
     for done, group in enumerate(changed, start=1):
         curve = (curves or {}).get(group.name)
-        own = _maps(denoiser, group, statistics, plan, None if curve is None else curve.ordered)
-        slim = slim_weights(denoiser, group, plan.entries[group.name], own)
+        entry, ordered = plan.entries[group.name], None if curve is None else curve.ordered
+        which = kept.get(group.layer)
+        own = maps_of(denoiser, group, statistics, recipe, entry, ordered=ordered, kept=which)
+        slim = slim_weights(denoiser, group, entry, own)
         put_(denoiser, group, slim)
         for name in ("weight", "projection"):  # new weights themselves, no maps
             own.pop(name, None)
@@ -100,16 +104,6 @@ def _first_column(group: Group) -> int:
     return max((start for start, _ in group.columns.values()), default=0)
 
 
-def _maps(
-    denoiser: nn.Module, group: Group, statistics: Statistics, plan: Plan, ordered: Ordered | None
-) -> dict[str, Tensor]:
-    entry = plan.entries[group.name]
-    recipe = recipe_named(plan.recipe)
-    decomposition = decompose_group(denoiser, group, statistics, recipe, ordered)
-    by_heads = recipe.heads and LAYERS[group.kind] == "attention"
-    return decomposition.maps(entry.heads if by_heads else entry.width)
-
-
 def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
@@ -119,12 +113,13 @@ def slim_weights(
     linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "resnet":
         slim = _resnet(linears, group, maps)
-    elif "heads" in maps:
+    elif set(maps) == {"heads"}:
         slim = {role: _kept_heads(role, *linears[role], maps["heads"], group) for role in linears}
     elif group.kind == "feed_forward":
         slim = _feed_forward(linears, group, maps)
     else:
-        slim = {role: _mapped(role, *linears[role], maps[stem(role)]) for role in linears}
+        kept = maps.get("heads", slice(None))
+        slim = {role: _mapped(role, *linears[role], maps[stem(role)], kept) for role in linears}
     if group.kind == "query_key" and entry.width != group.width:
         for role in group.streams("q"):
             slim[role] = _rescaled(denoiser, group, entry, *slim[role])
@@ -132,17 +127,16 @@ def slim_weights(
 
 
 def _mapped(
-    role: str, weight_oi: Tensor, bias_o: Tensor | None, map_: Tensor
+    role: str, weight_oi: Tensor, bias_o: Tensor | None, map_: Tensor, kept: Tensor | slice
 ) -> tuple[Tensor, Tensor | None]:
-    """W' = T^T W head by head for q, k and v; W' = W T for out, whose bias stays."""
+    """W' = T^T W by head for q, k and v, of the kept heads; W' = W T for out, whose bias stays."""
     if stem(role) == "out":
         return weight_oi @ map_, bias_o
-    heads = map_.shape[0]
-    weight_hei = weight_oi.unflatten(0, (heads, -1))
+    weight_hei = weight_oi.unflatten(0, (-1, map_.shape[1]))[kept]
     weight_ri = (map_.mT @ weight_hei).flatten(0, 1)
     if bias_o is None:
         return weight_ri, None
-    return weight_ri, (map_.mT @ bias_o.unflatten(0, (heads, -1, 1))).flatten()
+    return weight_ri, (map_.mT @ bias_o.view(-1, map_.shape[1], 1)[kept]).flatten()
 
 
 def _rescaled(

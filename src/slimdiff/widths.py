@@ -17,6 +17,7 @@ from slimdiff.curves import ErrorCurve, error_curves
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.frontier import Frontier, frontier
+from slimdiff.heads import measure_heads
 from slimdiff.jobs import Job, as_fast, as_good, best_of
 from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit, smallest_count
@@ -43,16 +44,21 @@ def measure_curves(
     chosen = recipe_named(recipe)
     probed = (allocation or chosen.allocation) == "probed"
     kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
-    return error_curves(
+    keep = kept.save if kept else None
+    groups = groups_of(denoiser, layers or chosen.layers)
+    found = error_curves(
         denoiser,
-        groups_of(denoiser, layers or chosen.layers),
+        groups,
         statistics,
         chosen,
         probed=probed,
         known=kept.load() if kept else None,
-        keep=kept.save if kept else None,
+        keep=keep,
         progress=progress,
     )
+    if not probed:
+        return found
+    return measure_heads(denoiser, groups, statistics, chosen, found, keep, progress)
 
 
 def allocate(
@@ -86,8 +92,9 @@ def allocate(
             attention processors; untied layers use slimdiff's own processor.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
-        remove_layers: let whole layers go, and put out their mean, where the probed allocation
-            finds that best on the probes; statistics without means keep all layers.
+        remove_layers: let whole layers go, and put out their mean, and whole heads, where the
+            probed allocation finds that best on the probes; statistics without means keep all
+            layers.
         layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
             that the recipe knows (`paper` and `magnitude` leave ResNets alone).
         curves: from `measure_curves`; measured here if not given.
@@ -129,7 +136,7 @@ def frontier_of(
 ) -> Frontier:
     """Predicted and measured error against size, from dense to the smallest widths.
 
-    No layer goes wholly: down there errors no longer add up as predicted.
+    No layer and no head goes wholly: down there errors no longer add up as predicted.
 
     Args:
         denoiser: it is not changed; errors are relative to what it puts out now.

@@ -64,8 +64,8 @@ Multiple = Annotated[int, recipe("Widths are multiples of this where they can be
 RemoveLayers = Annotated[
     bool,
     recipe(
-        "Let whole layers go where that loses least (they then put out their mean), or only "
-        "narrow them.",
+        "Let whole layers (they then put out their mean) and whole attention heads go where that "
+        "loses least, or only narrow them.",
         "--remove-layers/--keep-layers",
     ),
 ]

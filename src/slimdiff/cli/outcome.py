@@ -81,8 +81,9 @@ def _table(plan: Plan, title: str) -> Any:
         if key in figures:
             error = numbers.error(figures[key])
             shown.add_row(figure_name(key, figures), "", error, "")
-    if figures.get("layers_removed"):
-        shown.add_row(FIGURES["layers_removed"], "", str(figures["layers_removed"]), "")
+    for key in ("layers_removed", "heads_removed"):
+        if figures.get(key):
+            shown.add_row(FIGURES[key], "", str(figures[key]), "")
     if rounds := rounds_told(figures):
         shown.add_row(FIGURES["rounds"], "", rounds, "")
     for stage, seconds in figures["seconds"].items():

@@ -5,14 +5,7 @@ width. Everything is computed and returned in float64, on the device of the mome
 never modified, but the moments are kept by reference until the maps have been asked for.
 """
 
-from slimdiff.decompose.attention import (
-    HeadSelection,
-    QueryKey,
-    ValueOutput,
-    query_key,
-    value_output,
-    whole_heads,
-)
+from slimdiff.decompose.attention import QueryKey, ValueOutput, query_key, value_output
 from slimdiff.decompose.autocovariance import LAGS, add_autocovariances
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.effective import (
@@ -25,6 +18,14 @@ from slimdiff.decompose.effective import (
 )
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
+from slimdiff.decompose.heads import (
+    HeadErrors,
+    HeadSelection,
+    head_errors,
+    head_order,
+    maps_of_heads,
+    whole_heads,
+)
 from slimdiff.decompose.linalg import DAMPING, definite_damping
 from slimdiff.decompose.modulation import Modulation, modulation
 from slimdiff.decompose.resnet import LAG_DAMPING, ResNetChannels, resnet_channels
@@ -35,6 +36,7 @@ __all__ = [
     "LAG_DAMPING",
     "Decomposition",
     "FeedForward",
+    "HeadErrors",
     "HeadSelection",
     "Modulation",
     "Order",
@@ -51,6 +53,9 @@ __all__ = [
     "elimination_order",
     "effective_modulation",
     "feed_forward",
+    "head_errors",
+    "head_order",
+    "maps_of_heads",
     "modulation",
     "query_key",
     "resnet_channels",

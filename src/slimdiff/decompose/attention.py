@@ -1,7 +1,7 @@
-"""Decompositions of attention: query-key, value-output and whole heads.
+"""Decompositions of attention: query-key and value-output products, all heads at one width.
 
 Shape letters: `h` heads, `e` dense and `r` slim width of a head, `i` = h e inner channels,
-`o` output channels. Moments are uncentred, E[x x^T], unless the caller centred them.
+`o` outputs. Moments are uncentred, E[x x^T], unless the caller centred them.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from slimdiff.decompose.linalg import (
     tail_sums,
     triangular_factor,
 )
+from slimdiff.decompose.mixing import even_mix
 
 SIGMA_FLOOR = 1e-10
 """Singular values below this share of a head's largest are rounding; they get no map."""
@@ -32,19 +33,22 @@ class QueryKey(Decomposition):
     """Low-rank query-key products; `maps` gives "q" and "k", each (heads, e, r).
 
     Wq'[h] = q[h]^T Wq[h] and Wk'[h] = k[h]^T Wk[h]; biases alike.
+
+    Attributes:
+        query_hee, key_hee: (heads, e, e); the first r columns are the maps of width r.
+        energy_he: (heads, e) squared singular values: what each direction of a head adds.
     """
 
     query_hee: Tensor
     key_hee: Tensor
+    energy_he: Tensor
 
     def _identity(self) -> dict[str, Tensor]:
         return {"q": _eyes(self.query_hee), "k": _eyes(self.key_hee)}
 
     def _slim(self, width: int) -> dict[str, Tensor]:
-        return {
-            "q": self.query_hee[..., :width].contiguous(),
-            "k": self.key_hee[..., :width].contiguous(),
-        }
+        mix_rr = even_mix(width, self.query_hee)
+        return {"q": self.query_hee[..., :width] @ mix_rr, "k": self.key_hee[..., :width] @ mix_rr}
 
 
 def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
@@ -78,6 +82,7 @@ def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
         missing=max(q_missing, k_missing),
         query_hee=k_root_hee @ vt_hee.mT * balance_h1e * ratio_h11,
         key_hee=q_root_hee @ u_hee * balance_h1e / ratio_h11,
+        energy_he=sigma_he.square(),
     )
 
 
@@ -112,11 +117,13 @@ class ValueOutput(Decomposition):
 
     def _slim(self, width: int) -> dict[str, Tensor]:
         out_ik = self._joint_out(width) if self.joint else self._separate_out(width)
-        return {"v": self.basis_hee[..., :width].contiguous(), "out": out_ik}
+        mix_rr = even_mix(width, self.basis_hee)
+        out_ik = (out_ik.unflatten(1, (len(self.basis_hee), width)) @ mix_rr).flatten(1)
+        return {"v": self.basis_hee[..., :width] @ mix_rr, "out": out_ik}
 
     def _joint_out(self, width: int) -> Tensor:
         heads, e, _ = self.basis_hee.shape
-        c_ii = damped(_rotated_joint(self.moment.double(), self.basis_hee), self.damping)
+        c_ii = damped(rotated_joint(self.moment.double(), self.basis_hee), self.damping)
         coupling_tk = refit_coupling(c_ii, heads * width)
         eye_kk = torch.eye(heads * width, dtype=c_ii.dtype, device=c_ii.device)
         columns_ehrh = torch.cat([eye_kk, coupling_tk]).view(e, heads, width, heads)
@@ -164,11 +171,9 @@ def value_output(
     shape = (inner, inner) if moment.ndim == 2 else (heads, e, e)
     c_full = checked_moment(moment, "moment", shape)
     w_hoe = w_out_oi.double().view(o, heads, e).transpose(0, 1)
-    root_hee, missing = symmetric_root(_blocks(c_full, heads))
-    _, s_hk, vt_hko = torch.linalg.svd(root_hee @ w_hoe.mT, full_matrices=False)
-    basis_hee = torch.linalg.qr(w_hoe.mT @ vt_hko.mT, mode="complete").Q
+    basis_hee, s_hk, missing = value_basis(w_hoe, c_full)
     if refit:
-        rotated_ii = _rotated_joint(c_full, basis_hee)
+        rotated_ii = rotated_joint(c_full, basis_hee)
         errors, missing = _joint_curve(w_hoe @ basis_hee, rotated_ii, damping)
     else:
         s_he = torch.nn.functional.pad(s_hk, (0, e - s_hk.shape[-1]))
@@ -176,44 +181,29 @@ def value_output(
     return ValueOutput(errors, missing, basis_hee, moment, joint=refit, damping=damping)
 
 
-@dataclass(frozen=True)
-class HeadSelection:
-    """Heads in falling order of importance; `maps(n)` gives "heads" (n,), ascending int64."""
+def value_basis(w_hoe: Tensor, c_full: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Orthogonal directions (heads, e, e) of the values, most useful first (see `value_output`).
 
-    order_h: Tensor
-
-    def maps(self, heads: int) -> dict[str, Tensor]:
-        """The `heads` most important heads.
-
-        Raises:
-            ValueError: `heads` is not within 0 .. the number of heads.
-        """
-        if not 0 <= heads <= len(self.order_h):
-            raise ValueError(f"heads must be within 0 .. {len(self.order_h)}, got {heads}")
-        return {"heads": self.order_h[:heads].sort().values}
-
-
-def whole_heads(importance_h: Tensor) -> HeadSelection:
-    """Keep whole heads by `importance_h` (heads,), largest first; of equals, the earlier.
-
-    Raises:
-        ValueError: `importance_h` is not one-dimensional, or not finite.
+    Then the singular values of the heads, and the directions that the worst of them lacks.
     """
-    if importance_h.ndim != 1 or not torch.isfinite(importance_h).all():
-        raise ValueError(f"importance_h must be finite and (heads,), got {importance_h}")
-    return HeadSelection(importance_h.argsort(descending=True, stable=True))
+    root_hee, missing = symmetric_root(_blocks(c_full, len(w_hoe)))
+    _, s_hk, vt_hko = torch.linalg.svd(root_hee @ w_hoe.mT, full_matrices=False)
+    return torch.linalg.qr(w_hoe.mT @ vt_hko.mT, mode="complete").Q, s_hk, missing
 
 
 def _joint_curve(w_rot_hoe: Tensor, c_ii: Tensor, damping: float) -> tuple[Tensor, int]:
     """Error (e + 1) of the joint refit in rank-major coordinates, and the missing directions."""
-    heads, o, e = w_rot_hoe.shape
-    w_oi = w_rot_hoe.permute(1, 2, 0).reshape(o, e * heads)
     l_ii = triangular_factor(damped(c_ii, damping))
-    errors = refit_curve(w_oi, l_ii)[::heads].contiguous()
+    errors = refit_curve(rank_major(w_rot_hoe), l_ii)[:: len(w_rot_hoe)].contiguous()
     return errors, missing_directions_(l_ii, ridge_of(c_ii, damping))
 
 
-def _rotated_joint(c_ii: Tensor, basis_hee: Tensor) -> Tensor:
+def rank_major(w_hoe: Tensor) -> Tensor:
+    """Weights (o, i) of the heads' own, columns ordered rank-major: (rank, head)."""
+    return w_hoe.permute(1, 2, 0).flatten(1)
+
+
+def rotated_joint(c_ii: Tensor, basis_hee: Tensor) -> Tensor:
     """Moment (i, i) in the coordinates of the bases, ordered rank-major: (rank, head)."""
     heads, e, _ = basis_hee.shape
     half_hjge = (basis_hee.mT @ c_ii.view(heads, e, heads * e)).view(heads, e, heads, e)
@@ -237,8 +227,7 @@ def _eyes(like_hee: Tensor) -> Tensor:
 def _head_shape(moment_hee: Tensor, name: str) -> tuple[int, int, int]:
     if moment_hee.ndim != 3 or moment_hee.shape[1] != moment_hee.shape[2]:
         raise ValueError(f"{name} must be (heads, e, e), got {tuple(moment_hee.shape)}")
-    heads, e, _ = moment_hee.shape
-    return heads, e, e
+    return (*moment_hee.shape[:2], moment_hee.shape[1])
 
 
 def _check_output(w_out_oi: Tensor, heads: int) -> None:

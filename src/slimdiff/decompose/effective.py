@@ -3,8 +3,8 @@
 Swapping one of them in shows what a group's maps do to the denoiser, with nothing reshaped. Each
 is computed in float64 and returned in the dtype of the weight.
 
-Shape letters: `h` heads, `e` dense and `r` slim width of a head, `i` = h e inner channels, `f`
-hidden units, `o` output and `d` input channels.
+Shape letters: `h` heads, `e` dense and `r` slim width of a head, `i` = h e inner channels, `k`
+heads that stay, `f` hidden units, `o` output and `d` input channels.
 """
 
 import torch
@@ -17,30 +17,37 @@ def effective_key(w_key: Tensor, maps: Maps) -> Tensor:
     """The key projection's weight (i, d), or bias (i,), under query-key `maps`.
 
     q^T k_eff = q'^T k' with Wk_eff[h] = q[h] k[h]^T Wk[h]; the query stays dense, and so does
-    the softmax scale.
+    the softmax scale. Where `maps` name the "heads" that stay, keys of the others do not matter
+    (see `effective_output`) and stay as they are.
 
     Raises:
         ValueError: the weight does not have the maps' heads * e rows.
     """
-    q_her, k_her = maps["q"], maps["k"]
-    heads, e, _ = q_her.shape
-    _check(w_key.shape[0], heads * e, "rows of the key weight")
-    w_hed = w_key.double().view(heads, e, -1)
-    return (q_her @ (k_her.mT @ w_hed)).reshape(w_key.shape).to(w_key.dtype)
+    q_ker, k_ker = maps["q"], maps["k"]
+    heads_k = _heads(w_key.shape[0], q_ker, maps, "rows of the key weight")
+    e = q_ker.shape[1]
+    w_hed = w_key.double().view(len(w_key) // e, e, -1).clone()
+    w_hed[heads_k] = q_ker @ (k_ker.mT @ w_hed[heads_k])
+    return w_hed.reshape(w_key.shape).to(w_key.dtype)
 
 
 def effective_output(w_out_oi: Tensor, maps: Maps) -> Tensor:
     """The output projection's weight (o, i) under value-output `maps`; values stay dense.
 
-    Wo_eff = Wo out blockdiag(v)^T. The bias does not change.
+    Wo_eff = Wo out blockdiag(v)^T, with zero columns at heads that went, where `maps` name the
+    "heads" that stay. The bias does not change.
 
     Raises:
         ValueError: the weight does not have the maps' heads * e columns.
     """
-    v_her, out_ik = maps["v"], maps["out"]
+    v_ker, out_ik = maps["v"], maps["out"]
     _check(w_out_oi.shape[1], out_ik.shape[0], "columns of the output weight")
+    heads_k = _heads(w_out_oi.shape[1], v_ker, maps, "columns of the output weight")
     slim_ok = w_out_oi.double() @ out_ik
-    return (slim_ok @ torch.block_diag(*v_her).mT).to(w_out_oi.dtype)
+    result_ohe = torch.zeros_like(w_out_oi, dtype=torch.float64).unflatten(1, (-1, v_ker.shape[1]))
+    kept_oke = (slim_ok @ torch.block_diag(*v_ker).mT).unflatten(1, (-1, v_ker.shape[1]))
+    result_ohe[:, heads_k] = kept_oke
+    return result_ohe.flatten(1).to(w_out_oi.dtype)
 
 
 def effective_down(w_down_of: Tensor, maps: Maps) -> Tensor:
@@ -85,6 +92,15 @@ def effective_heads(w_out_oi: Tensor, maps: Maps, heads: int) -> Tensor:
     kept_h1 = torch.zeros(heads, 1, dtype=w_out_oi.dtype, device=w_out_oi.device)
     kept_h1[maps["heads"]] = 1
     return (w_out_oi.view(-1, heads, w_out_oi.shape[1] // heads) * kept_h1).view_as(w_out_oi)
+
+
+def _heads(inner: int, map_ker: Tensor, maps: Maps, what: str) -> Tensor:
+    """Which heads the maps are of, (k,): all of them unless they name some."""
+    if "heads" in maps:
+        _check(inner % map_ker.shape[1], 0, f"{what} beyond whole heads")
+        return maps["heads"]
+    _check(inner, map_ker.shape[0] * map_ker.shape[1], what)
+    return torch.arange(len(map_ker), device=map_ker.device)
 
 
 def _check(actual: int, expected: int, what: str) -> None:

@@ -4,7 +4,7 @@ conv1 -> (+ time) -> norm2 -> SiLU -> conv2: GroupNorm ties the channels of a no
 so whole norm groups go, and the statistics of those that stay do not change.
 
 Shape letters: `c` inner channels, `g` norm groups, `s` kept channels, `o` output channels of the
-second convolution, `w` frequencies of its taps, `m` channels that remain during a search.
+second convolution, `w` frequencies of its taps.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from slimdiff.decompose.autocovariance import (
     spectral_weight,
     unfolded_moment,
 )
+from slimdiff.decompose.block_elimination import block_elimination
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.linalg import (
     checked_moment,
@@ -158,7 +159,9 @@ def group_order(
         ValueError: unknown `order`.
     """
     if order == "elimination":
-        return _eliminated(spectral_weight(w_ocyx), spectral_moment(lags_lcc), groups, damping)
+        share_w = torch.tensor(MULTIPLICITY, dtype=torch.float64, device=w_ocyx.device)
+        spectral = spectral_weight(w_ocyx), spectral_moment(lags_lcc)
+        return block_elimination(*spectral, share_w, groups, damping).order_b
     moment_cc = lags_lcc[0]
     if order == "magnitude":
         score_c = moment_cc.diagonal()
@@ -167,54 +170,6 @@ def group_order(
     else:
         raise ValueError(f"order must be elimination, leverage or magnitude, got {order!r}")
     return score_c.view(groups, -1).sum(1).argsort(descending=True, stable=True)
-
-
-def _eliminated(w_woc: Tensor, moment_wcc: Tensor, groups: int, damping: float) -> Tensor:
-    """Backward elimination of whole norm groups, refit included, frequency by frequency.
-
-    As for hidden units (see `elimination`), removing group b costs tr(H_bb G_bb^-1), where G is
-    the inverse moment and H = W^H W under the present refit; then G loses G_:b G_bb^-1 G_b:, and W
-    loses W_b G_bb^-1 G_b:.
-    """
-    inverse_wmm = _inverse(moment_wcc, damping)
-    gram_wmm = w_woc.mH @ w_woc
-    share_w = torch.tensor(MULTIPLICITY, dtype=torch.float64, device=w_woc.device)
-    size = w_woc.shape[-1] // groups
-    left, gone = list(range(groups)), []
-    while len(left) > 1:
-        g_wbee, h_wbee = (_diagonal_blocks(x, size) for x in (inverse_wmm, gram_wmm))
-        cost_wb = torch.linalg.solve(g_wbee, h_wbee).diagonal(dim1=-2, dim2=-1).sum(-1).real
-        b = int((share_w @ cost_wb).argmin())
-        inverse_wmm, gram_wmm = _without(inverse_wmm, gram_wmm, b * size, (b + 1) * size)
-        gone.append(left.pop(b))
-    return torch.tensor(left + gone[::-1], device=w_woc.device)
-
-
-def _without(inverse: Tensor, gram: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """G and H (w, m, m) when the channels from `start` to `stop` went."""
-    stays = [i for i in range(inverse.shape[-1]) if not start <= i < stop]
-    rows = inverse[:, start:stop][:, :, stays]
-    k = torch.linalg.solve(inverse[:, start:stop, start:stop], rows)
-    cross = gram[:, stays, start:stop] @ k
-    quadratic = k.mH @ gram[:, start:stop, start:stop] @ k
-    inverse = inverse[:, stays][:, :, stays].baddbmm_(rows.mH, k, alpha=-1)
-    return inverse, gram[:, stays][:, :, stays] - cross - cross.mH + quadratic
-
-
-def _inverse(moment_wcc: Tensor, damping: float) -> Tensor:
-    """Inverses of damped Hermitian moments; the ridge rises until all are positive definite."""
-    ridge_w = damping * moment_wcc.diagonal(dim1=-2, dim2=-1).real.mean().clamp_min(1e-100)
-    eye_cc = torch.eye(moment_wcc.shape[-1], dtype=moment_wcc.dtype, device=moment_wcc.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(moment_wcc + ridge_w * eye_cc)
-        if not bool(failed.any()):
-            return torch.cholesky_inverse(factor)
-        ridge_w = ridge_w * 10
-
-
-def _diagonal_blocks(x_wmm: Tensor, size: int) -> Tensor:
-    blocks = x_wmm.unflatten(2, (-1, size)).unflatten(1, (-1, size))
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def _channels_of(order_g: Tensor, size: int) -> Tensor:

@@ -131,8 +131,9 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
-    if figures.get("layers_removed"):
-        found[FIGURES["layers_removed"]] = str(figures["layers_removed"])
+    for key in ("layers_removed", "heads_removed"):
+        if figures.get(key):
+            found[FIGURES[key]] = str(figures[key])
     if told := rounds_told(figures):
         found[FIGURES["rounds"]] = told
     return found

@@ -21,6 +21,7 @@ FIGURES = {
     "predicted_error": "velocity error, predicted",
     "error_on_probes": "velocity error on probes",
     "layers_removed": "layers removed wholly",
+    "heads_removed": "attention heads removed elsewhere",
     "rounds": "rounds of calibration",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
