@@ -208,6 +208,26 @@ def test_layers_go_in_either_round(name: str, tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_fewer_and_narrower_heads_twice(tmp_path: Path) -> None:
+    case = Case("sd2")
+    slim = case.copy()
+    for heads, width in ((3, 12), (2, 8)):
+        statistics = recorded(slim, case.inputs)
+        entries = {
+            g.name: slimdiff.Entry(g.kind, width, g.width, heads, g.heads)
+            for g in slimdiff.groups_of(slim)
+            if g.heads > 2
+        }
+        slimdiff.rewrite(slim, statistics, case.plan(entries))
+    record: Any = slim.slim_record
+    assert {(e.heads, e.dense_heads, e.width) for e in record.plan.entries.values()} == {(2, 4, 8)}
+    assert_maps_lead_to_the_weights(case, slim)
+    slimdiff.save(slim, tmp_path / "slim")
+    loaded = slimdiff.load(tmp_path / "slim")
+    for a, b in zip(outputs(slim, case.inputs), outputs(loaded, case.inputs), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("first", ["both", "heads", "widths"])
 @pytest.mark.parametrize("second", ["both", "heads", "widths"])
 def test_fewer_heads_of_another_width_are_composed(first: str, second: str) -> None:

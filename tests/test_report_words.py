@@ -45,10 +45,7 @@ def test_rounds_are_told_with_what_the_other_way_loses():
     rounds = {"asked": 2, "error_one_shot": 3e-7, "error": 2.9e-7}
     one, two = (numbers.error(rounds[key]) for key in ("error_one_shot", "error"))
     assert names.rounds_told({"rounds": rounds | {"kept": True}}) == f"2 (error of one: {one})"
-    assert (
-        names.rounds_told({"rounds": rounds | {"kept": False}})
-        == f"1 (2 lose no tenth less: {two})"
-    )
+    assert names.rounds_told({"rounds": rounds | {"kept": False}}) == f"1 (2 lose no less: {two})"
     assert names.rounds_told({}) == ""
 
 

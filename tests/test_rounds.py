@@ -87,7 +87,7 @@ def test_what_is_no_better_is_not_kept(
     unet = pipe.unet
     wanted = slimdiff.compress(plain, PROMPTS, budget, config=CONFIG)
     plan = slimdiff.compress(pipe, PROMPTS, budget, rounds=2, config=CONFIG)
-    assert "so the result is that of one shot" in caplog.text
+    assert "the result is that of one shot" in caplog.text
     assert plan.entries == wanted.entries and plan.budget == wanted.budget
     assert plan.figures["rounds"]["kept"] is False
     assert plan.figures["error_on_probes"] == wanted.figures["error_on_probes"]
@@ -104,7 +104,7 @@ def test_the_error_of_one_shot_is_what_it_would_have_been() -> None:
     alone = slimdiff.compress(plain, PROMPTS, budget, config=CONFIG).figures["error_on_probes"]
     told = slimdiff.compress(pipe, PROMPTS, budget, rounds=2, config=CONFIG).figures["rounds"]
     assert told["error_one_shot"] == pytest.approx(alone, rel=1e-3)
-    assert told["kept"] == (told["error"] <= 0.9 * told["error_one_shot"])
+    assert told["kept"] == (told["error"] < told["error_one_shot"])
 
 
 def test_later_rounds_resume_and_forget_another_halfway_model(

@@ -112,13 +112,29 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         sizes = (
             [Size(first.width, heads) for heads in allocate.allowed_sizes(first.heads, 1)]
             if by_heads
-            else [Size(width, first.heads) for width in sizes_of(first, allocation.multiple)]
+            else _widths(first, allocation.multiple)
         )
         whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
         if allocation.name == "probed" and whole and first.layer in allocation.removable:
             sizes = [Size(0, first.heads), *sizes]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles
+
+
+def sizes_of(group: Group, multiple: int) -> list[int]:
+    """Widths that a group may take, its own the last."""
+    how = (group.width, multiple, group.step, group.largest, group.dense_width)
+    return allocate.allowed_sizes(*how)
+
+
+def untied_layers(groups: Sequence[Group]) -> set[str]:
+    """Attention layers whose values have another width than their queries that can shrink."""
+    queries = {group.layer: group.width for group in groups if group.kind == "query_key"}
+    return {group.layer for group in groups if queries.get(group.layer, group.width) != group.width}
+
+
+def _widths(group: Group, multiple: int) -> list[Size]:
+    return [Size(width, group.heads) for width in sizes_of(group, multiple)]
 
 
 def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle:
@@ -165,15 +181,3 @@ def between(values: Sequence[float], place: float) -> float:
     """The value at a place between two indices, linearly."""
     low = min(int(place), len(values) - 2)
     return values[low] + (values[low + 1] - values[low]) * (place - low)
-
-
-def sizes_of(group: Group, multiple: int) -> list[int]:
-    """Widths that a group may take, its own the last."""
-    how = (group.width, multiple, group.step, group.largest, group.dense_width)
-    return allocate.allowed_sizes(*how)
-
-
-def untied_layers(groups: Sequence[Group]) -> set[str]:
-    """Attention layers whose values have another width than their queries that can shrink."""
-    queries = {group.layer: group.width for group in groups if group.kind == "query_key"}
-    return {group.layer for group in groups if queries.get(group.layer, group.width) != group.width}

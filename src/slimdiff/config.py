@@ -25,7 +25,8 @@ class CalibrationConfig:
         metadata={"help": "text tokens per prompt, where the pipeline's call takes this (T5)"},
     )
     num_probes: int = field(
-        default=16, metadata={"help": "denoiser inputs kept to measure gains on"}
+        default=32,
+        metadata={"help": "denoiser inputs kept: half to choose widths by, half to judge by"},
     )
     tokens_per_sample: int = field(
         default=256, metadata={"help": "token rows per image and call that enter a statistic"}

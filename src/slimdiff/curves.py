@@ -127,7 +127,7 @@ def error_curves(
     singular: list[str] = []
     curved = [group for group in groups if not (recipe.heads and LAYERS[group.kind] == "attention")]
     missing = [group for group in curved if group.name not in curves]
-    probes = probes_of(denoiser, statistics) if probed and missing else None
+    probes = probes_of(denoiser, statistics, held_out=False) if probed and missing else None
     may_go = removable_layers(denoiser, curved, statistics)
     for done, group in enumerate(missing, start=1 + len(curved) - len(missing)):
         decomposition = decompose_group(denoiser, group, statistics, recipe)
@@ -149,14 +149,18 @@ def error_curves(
     return curves
 
 
-def probes_of(denoiser: nn.Module, statistics: Statistics) -> Probed:
-    """The denoiser as it stands, with the statistics' probes to measure changes on.
+def probes_of(denoiser: nn.Module, statistics: Statistics, *, held_out: bool = True) -> Probed:
+    """The denoiser as it stands, with half of the statistics' probes to measure changes on.
+
+    Gains are measured on one half, and what was chosen by them is judged on the other: on its own
+    half the chosen plan looks better than it is (on scenes-unet by a third at 60 % removed).
 
     Raises:
         SlimdiffError: the statistics hold no probes.
     """
     device = next(denoiser.parameters()).device
-    return Probed(denoiser, statistics.probes.batches(PROBE_BATCH, device))
+    half = statistics.probes.halves()[held_out]
+    return Probed(denoiser, half.batches(PROBE_BATCH, device))
 
 
 def _gains(probes: Probed, group: Group, decomposition: Decomposition) -> dict[int, float]:

@@ -79,12 +79,7 @@ class Attention:
     fixed_heads: bool = False
 
 
-SECOND_STREAM = {
-    "q": "add_q_proj",
-    "k": "add_k_proj",
-    "v": "add_v_proj",
-    "out": "to_add_out",
-}
+SECOND_STREAM = {"q": "add_q_proj", "k": "add_k_proj", "v": "add_v_proj", "out": "to_add_out"}
 """Role -> what diffusers calls the linear of a joint attention layer's second stream."""
 
 

@@ -62,7 +62,7 @@ class Job:
         return probes_of(self.denoiser, self.statistics)
 
     def lost(self, plan: Plan) -> float:
-        """Error of a plan on the probes, all groups shrunk together."""
+        """Error of a plan on the held-out probes, all groups shrunk together."""
         return measured_error(self._probes, self.groups, self.statistics, plan, self.curves)
 
     def plan(self, **limits: Any) -> Plan:

@@ -66,7 +66,7 @@ def compress(
         budget, plan: what the component may hold afterwards, or the widths to use instead.
         recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
         rounds: in 2, half goes, what is left is calibrated again, and the rest goes; the outcome is
-            that of one round unless it loses a tenth less, on kept inputs. More: in equal parts.
+            that of one round unless it loses less, on held-out inputs. More: in equal parts.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.

@@ -85,6 +85,16 @@ class Probes:
             for start in range(0, len(probes), size)
         ]
 
+    def halves(self) -> tuple[Probes, Probes]:
+        """The probes to choose widths by, and others to judge by, both spread over the timesteps.
+
+        A single probe is in both.
+        """
+        order = sorted(self.rows.items(), key=lambda row: (row[1].timestep or 0.0, row[0]))
+        parts = dict(order[::2]), dict(order[1::2] or order)
+        chosen, judging = (Probes(self.capacity, self.seed, rows) for rows in parts)
+        return chosen, judging
+
     def _keep(self, probes: Iterable[Probe]) -> None:
         rows = self.rows | {probe.key: probe for probe in probes}
         kept = self._first({key: probe.timestep for key, probe in rows.items()})

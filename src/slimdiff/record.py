@@ -28,7 +28,7 @@ def record(
     groups: Sequence[Group] | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
-    num_probes: int = 16,
+    num_probes: int = 32,
     tokens_per_sample: int = 256,
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[Statistics]:
@@ -40,7 +40,7 @@ def record(
         groups: what to record for; all groups of the denoiser by default.
         statistics: adds to these instead of starting from nothing.
         seed: chooses token rows and probes.
-        num_probes: inputs of the denoiser that are kept.
+        num_probes: inputs of the denoiser that are kept: half to measure gains, half to judge by.
         tokens_per_sample: token rows per image and call that enter a statistic.
         dtype: of the sums.
 

@@ -38,9 +38,8 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
         SlimdiffError: no block matches, or a layer is not what the family's data says.
     """
     groups: list[Group] = []
-    removed = False
+    removed = any(_is_removed(module) for module in denoiser.modules())
     for path, block in denoiser.named_modules():
-        removed = removed or _is_removed(block)
         for spec in family.blocks:
             if re.fullmatch(spec.pattern, path):
                 groups.extend(_groups_in(path, block, spec))

@@ -35,9 +35,6 @@ from slimdiff.widths import allocate, measure_curves
 
 Progress = Callable[[str, int, int], None]
 
-LARGEST_SHARE = 0.9
-"""Rounds are kept where their error is at most this share of that of one shot."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -95,7 +92,7 @@ class Rounds:
         """Slim the component in rounds, in place, and return the plan of all of them.
 
         The error of the slim component is compared with that of `one_shot`, on the same probes.
-        Where it is not clearly lower, the component is slimmed under `one_shot` instead.
+        Where it is not lower, the component is slimmed under `one_shot` instead.
 
         Args:
             statistics: of the component as it is.
@@ -114,7 +111,7 @@ class Rounds:
             plan.figures["latency"]["wanted"] = one_shot.figures["latency"]["wanted"]
         plan = replace(plan, budget=self.budget.describe())
         error = probed.error({})
-        better = error <= LARGEST_SHARE * alone
+        better = error < alone
         _tell(self.count, better, error, alone)
         if not better:
             put_back_(module, kept, device)
@@ -212,9 +209,8 @@ def _tell(count: int, better: bool, error: float, alone: float) -> None:
         logger.info("%d rounds lose %.2e, one shot %.2e", count, error, alone)
         return
     logger.warning(
-        "%d rounds lose %.2e on the probes, and one shot %.2e: that is not %.0f %% less, so the "
-        "result is that of one shot",
-        *(count, error, alone, 100 * (1 - LARGEST_SHARE)),
+        "%d rounds lose %.2e on held-out probes, and one shot %.2e: the result is that of one shot",
+        *(count, error, alone),
     )
 
 

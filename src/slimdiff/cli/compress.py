@@ -73,7 +73,7 @@ def compress(
     rounds: own.Rounds = 1,
     num_prompts: own.NumPrompts = 128,
     timestep_weights: own.Weights = "uniform",
-    num_probes: own.NumProbes = 16,
+    num_probes: own.NumProbes = 32,
     statistics: own.Checkpoint = None,
     steps: options.Steps = 20,
     guidance: options.Guidance = None,

@@ -73,7 +73,7 @@ Rounds = Annotated[
     int,
     recipe(
         "2: half of what is to go goes, what is left is calibrated again, and then the rest goes; "
-        "kept where that loses at least a tenth less. More: in equal parts.",
+        "kept where that loses less. More: in equal parts.",
         "--rounds",
     ),
 ]
@@ -85,7 +85,10 @@ Weights = Annotated[
     calibration("uniform, or log: early denoising steps weigh more.", "--timestep-weights"),
 ]
 NumProbes = Annotated[
-    int, calibration("Denoiser inputs kept to measure errors on.", "--num-probes")
+    int,
+    calibration(
+        "Denoiser inputs kept: half to choose widths by, half to judge by.", "--num-probes"
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,

@@ -63,7 +63,7 @@ def rounds_told(figures: Mapping[str, Any]) -> str:
         return ""
     if found["kept"]:
         return f"{found['asked']} (error of one: {numbers.error(found['error_one_shot'])})"
-    return f"1 ({found['asked']} lose no tenth less: {numbers.error(found['error'])})"
+    return f"1 ({found['asked']} lose no less: {numbers.error(found['error'])})"
 
 
 def kind_name(kind: str) -> str:
