@@ -258,3 +258,23 @@ def test_a_block_that_changes_its_channels_turns_everything():
     recorder.influence("other", x, torch.randn(2, 6, 3, 3))
     assert float(statistics.mean("same")) == pytest.approx(0, abs=1e-6)
     assert float(statistics.mean("other")) == 1.0
+
+
+def test_probes_to_judge_by_are_none_of_those_to_choose_by_and_of_the_same_timesteps() -> None:
+    probes = Probes(8)
+    for time in (1.0, 500.0, 900.0, 999.0):
+        for seed in range(3):
+            x = torch.randn(1, 2, generator=torch.Generator().manual_seed(seed))
+            probes.offer({"sample": x + time, "timestep": torch.tensor([time])})
+    chosen, judging = probes.halves()
+    assert not set(chosen.rows) & set(judging.rows)
+    assert set(chosen.rows) | set(judging.rows) == set(probes.rows)
+    times = [sorted(p.timestep or 0 for p in half.rows.values()) for half in (chosen, judging)]
+    assert times == [[1.0, 500.0, 900.0, 999.0]] * 2
+
+
+def test_a_single_probe_is_in_both_halves() -> None:
+    probes = Probes(1)
+    probes.offer({"sample": torch.ones(1, 2), "timestep": torch.tensor([1.0])})
+    assert [list(half.rows) for half in probes.halves()] == [list(probes.rows)] * 2
+    assert [half.rows for half in Probes(4).halves()] == [{}, {}]
