@@ -2,7 +2,7 @@
 
 A unit is what gets one width: a group, or the tied halves of an attention layer. Each allocator
 returns the index of the chosen size of every unit; the chosen cost never exceeds the limit, and no
-further single step up would fit.
+further step up that is not predicted to lose more would fit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def lagrangian(units: Sequence[Unit], limit: int) -> Choice:
         step = units[u].costs[end] - units[u].costs[choice[u]]
         if end > choice[u] and spent + step <= limit:
             choice[u], spent = end, spent + step
-    return _fill(units, choice, limit, _error_per_cost)
+    return _fill(units, choice, limit, _error_per_cost, _no_worse)
 
 
 def within_error(units: Sequence[Unit], largest: float) -> Choice:
@@ -141,10 +141,10 @@ def _scan(
         low, high = (middle, high) if fits else (low, middle)
     kept = shares(low)
 
-    def lost_share(unit: Unit, u: int, index: int) -> float:
+    def lost_share(unit: Unit, u: int, index: int, _end: int) -> float:
         return kept[u] - unit.sizes[index] / unit.sizes[-1]
 
-    return _fill(units, _rounded(units, kept), limit, lost_share)
+    return _fill(units, _rounded(units, kept), limit, lost_share, _next)
 
 
 def _rounded(units: Sequence[Unit], shares: Sequence[float]) -> Choice:
@@ -155,28 +155,48 @@ def _rounded(units: Sequence[Unit], shares: Sequence[float]) -> Choice:
 
 
 def _fill(
-    units: Sequence[Unit], choice: Choice, limit: int, gain: Callable[[Unit, int, int], float]
+    units: Sequence[Unit],
+    choice: Choice,
+    limit: int,
+    gain: Callable[[Unit, int, int, int], float],
+    following: Callable[[Unit, int], int | None],
 ) -> Choice:
-    """Take single steps up, the largest gain first, until none fits."""
+    """Take steps up, the largest gain first, until none fits.
+
+    Args:
+        units, choice, limit: what is chosen so far, and what may be spent.
+        gain: of a unit, its number, from one index to another.
+        following: the index that is a step up from another; None if there is none.
+    """
     choice = list(choice)
     spent = _cost(units, choice)
     while True:
         steps = [
-            (gain(unit, u, index), u)
+            (gain(unit, u, index, end), u, end)
             for u, (unit, index) in enumerate(zip(units, choice, strict=True))
-            if index + 1 < len(unit.sizes)
-            and spent + unit.costs[index + 1] - unit.costs[index] <= limit
+            if (end := following(unit, index)) is not None
+            and spent + unit.costs[end] - unit.costs[index] <= limit
         ]
         if not steps:
             return choice
-        u = max(steps)[1]
-        spent += units[u].costs[choice[u] + 1] - units[u].costs[choice[u]]
-        choice[u] += 1
+        _, u, end = max(steps)
+        spent += units[u].costs[end] - units[u].costs[choice[u]]
+        choice[u] = end
 
 
-def _error_per_cost(unit: Unit, _u: int, index: int) -> float:
-    saved = unit.errors[index] - unit.errors[index + 1]
-    return saved / (unit.costs[index + 1] - unit.costs[index])
+def _next(unit: Unit, index: int) -> int | None:
+    return index + 1 if index + 1 < len(unit.sizes) else None
+
+
+def _no_worse(unit: Unit, index: int) -> int | None:
+    """The next size that loses no more: a layer that went may lose less than one that is narrow."""
+    larger = range(index + 1, len(unit.sizes))
+    return next((end for end in larger if unit.errors[end] <= unit.errors[index]), None)
+
+
+def _error_per_cost(unit: Unit, _u: int, index: int, end: int) -> float:
+    saved = unit.errors[index] - unit.errors[end]
+    return saved / (unit.costs[end] - unit.costs[index])
 
 
 def _smallest(units: Sequence[Unit], limit: int) -> Choice:
