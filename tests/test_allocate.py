@@ -117,8 +117,8 @@ def test_allowed_sizes(dense: int, multiple: int) -> None:
 
 
 def test_what_is_left_over_is_not_spent_on_what_loses_more() -> None:
-    """A layer that went (size 0) is not brought back narrow, where that is predicted to be worse."""
-    gone = allocate.Unit("gone", [0, 8, 16], [0, 8, 16], [0.0, 0.5, 0.0])
-    other = allocate.Unit("other", [8, 16], [8, 16], [1.0, 0.0])
-    assert allocate.lagrangian([gone, other], 30) == [0, 1]
-    assert allocate.lagrangian([gone, other], 32) == [2, 1]
+    """A layer that went (size 0) is not brought back narrow, where that loses more."""
+    gone = Unit("gone", [0, 8, 16], [0, 8, 16], [0.0, 0.5, 0.0])
+    other = Unit("other", [8, 16], [8, 16], [1.0, 0.0])
+    assert lagrangian([gone, other], 30) == [0, 1]
+    assert lagrangian([gone, other], 32) == [2, 1]
