@@ -18,7 +18,7 @@ from slimdiff import costs
 from slimdiff.reference.captions import prompts
 from trial import BATCH, Size, Trial
 
-SHARES, ROUNDS, CALIBRATION, ERRORS = (0.35, 0.50, 0.60, 0.70), (1, 2, 3), 64, 48
+SHARES, ROUNDS, CALIBRATION, ERRORS = (0.35, 0.50, 0.60, 0.70), (1, 2), 64, 48
 
 
 def measured(trial: Trial, share: float, rounds: int, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py sd15
     python benchmarks/speed.py sdxl --dtype bfloat16
+    python benchmarks/speed.py sdxl --recording 64
 
 Random weights; every attention and feed-forward layer keeps the same share of its width (no
 statistics are needed for shapes). Also what recording adds to a denoiser call, and the seconds to
@@ -15,6 +16,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,13 @@ def overhead(unet: Any, shape: Shape, runs: int) -> dict[str, Any]:
     }
 
 
+def only_recording(unet: Any, shape: Shape, options: argparse.Namespace) -> None:
+    """Write what recording adds at another size."""
+    found = {"model": options.model, "latents": shape.latents, "runs": options.runs}
+    found |= {"dtype": str(shape.dtype).removeprefix("torch.")}
+    write(f"recording-{options.model}", found | overhead(unet, shape, options.runs))
+
+
 def save_and_load(unet: Any) -> dict[str, float]:
     """Seconds to save a slim denoiser and to load it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -113,11 +122,15 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(SHAPES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--recording", type=int, help="only what recording adds, at these latents")
     options = parser.parse_args()
     shape = SHAPES[options.model]
     if options.dtype:
         shape = Shape(shape.config, getattr(torch, options.dtype), shape.latents)
     unet = build(shape).to(memory_format=torch.channels_last)
+    if options.recording:
+        only_recording(unet, replace(shape, latents=options.recording), options)
+        return
     call = inputs(shape, 0)
     dense_macs = costs.measure(unet, [], call).macs
     recording = overhead(unet, shape, options.runs)

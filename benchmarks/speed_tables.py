@@ -8,8 +8,8 @@ from typing import Any
 from rendering import made_by, table
 
 
-def speed(results: Sequence[dict[str, Any]]) -> str:
-    """Fewer MACs against less time."""
+def speed(results: Sequence[dict[str, Any]], recordings: Sequence[dict[str, Any]]) -> str:
+    """Fewer MACs against less time; and what recording adds, at other sizes too."""
     rows = [
         [
             result["model"],
@@ -36,18 +36,15 @@ def speed(results: Sequence[dict[str, Any]]) -> str:
     )
     more = [
         [
-            result["model"],
-            result["dtype"],
-            f"{result['recording']['plain_seconds']:.2f} s",
-            f"{result['recording']['recorded_seconds']:.2f} s",
-            f"{result['recording']['overhead']:.0%}",
+            *_recorded(result, result["recording"]),
             f"{result['rows'][0]['save_seconds']:.1f} s",
             f"{result['rows'][0]['load_seconds']:.1f} s",
         ]
         for result in results
-    ]
-    titles = ("UNet", "dtype", "plain call", "recorded", "recording adds", "save", "load")
-    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in results)
+    ] + [[*_recorded(result, result), "", ""] for result in recordings]
+    titles = ("UNet", "dtype, latents", "plain call", "recorded", "recording adds", "save", "load")
+    all_results = (*results, *recordings)
+    commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in all_results)
     return (
         "## Speed at real size\n\nRandom weights, the same share of every attention and "
         "feed-forward width removed; medians of interleaved calls at batch 1.\n\n"
@@ -55,6 +52,16 @@ def speed(results: Sequence[dict[str, Any]]) -> str:
         f"against a plain one, and the slim UNet of the first row saved and loaded.\n\n"
         f"{table(titles, more)}\n\n{commands}\n"
     )
+
+
+def _recorded(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    return [
+        result["model"],
+        f"{result['dtype']}, {result['latents']} by {result['latents']}",
+        f"{found['plain_seconds']:.2f} s",
+        f"{found['recorded_seconds']:.2f} s",
+        f"{found['overhead']:.0%}",
+    ]
 
 
 def scale(results: Sequence[dict[str, Any]]) -> str:

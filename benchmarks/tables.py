@@ -127,7 +127,8 @@ def main() -> None:
     if scales := [result for name, result in found.items() if name.startswith("scale-")]:
         parts.append(scale(scales))
     if speeds := [result for name, result in found.items() if name.startswith("speed-")]:
-        parts.append(speed(speeds))
+        recordings = [result for name, result in found.items() if name.startswith("recording-")]
+        parts.append(speed(speeds, recordings))
     if results := [result for name, result in found.items() if name.startswith("faster-")]:
         parts.append(faster(results))
     parts += [show(found[name]) for name, show in OTHERS.items() if name in found]
