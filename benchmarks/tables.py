@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence_tables import evidence, headline, whole
 from family_tables import families, kept
-from further_tables import chosen, low_memory, many, refinements, removal, rounds, transformer
+from further_tables import chosen, halfway, low_memory, many, refinements, removal, transformer
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -92,7 +92,7 @@ OTHERS = {
     "many": many,
     "removal": removal,
     "refinements": refinements,
-    "rounds": rounds,
+    "halfway": halfway,
     "elastic": elastic,
     "half": half,
     "low-memory": low_memory,

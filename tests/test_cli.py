@@ -149,24 +149,16 @@ def test_compress_goes_on_from_its_statistics(slim, run, tmp_path):
     assert edited.code == 0, edited.err
 
 
-def test_two_rounds_and_then_a_slim_model_again(slim, run, tmp_path):
-    statistics = slim.path.with_name("tiny-slim.statistics")
+def test_a_slim_folder_is_slimmed_again(slim, run, tmp_path):
     again = ["--prompts", slim.dense.parent / "prompts.txt", "--num-probes", "4", *QUICK]
-    two = tmp_path / "two"
-    done = run(
-        *("compress", slim.dense, "-o", two, "--params", "0.85", "--rounds", "2"),
-        *("--statistics", statistics, *again),
-    )
+    out, first = tmp_path / "less", slimdiff.Plan.read(slim.path / "unet" / "slimdiff.json")
+    done = run("compress", slim.path, "-o", out, "--params", "0.9", "--no-report", *again)
     assert done.code == 0, done.err
-    assert "rounds of calibration" in done.out
-    assert (statistics / "round-2" / "statistics.safetensors").is_file()
-    figures = slimdiff.Plan.read(two / "unet" / "slimdiff.json").figures
-    assert figures["rounds"]["asked"] == 2
-    assert "ounds of calibration" in (two / "README.md").read_text()
-    done = run("compress", two, "-o", tmp_path / "less", "--params", "0.9", "--no-report", *again)
-    assert done.code == 0, done.err
-    pipe = load_pipeline(tmp_path / "less")
-    assert sum(p.numel() for p in pipe.unet.parameters()) <= 0.9 * figures["params"]
+    pipe = load_pipeline(out)
+    assert sum(p.numel() for p in pipe.unet.parameters()) <= 0.9 * first.figures["params"]
+    both = pipe.unet.slim_record.plan
+    assert both.figures["params_dense"] == first.figures["params_dense"]
+    assert "slim model that this was made from" in (out / "README.md").read_text()
 
 
 def test_a_16_bit_folder_is_saved_in_16_bits(slim, run, tmp_path):
@@ -255,12 +247,6 @@ def test_version(run):
     assert run("--version").out.strip() == slimdiff.__version__
 
 
-def test_no_rounds_from_a_shell(tmp_path):
-    done = shell("compress", "--rounds", "0", cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert re.fullmatch(r"slimdiff: error: rounds is 0, expected at least 1.*\n", done.stderr)
-
-
 def test_missing_model_from_a_shell():
     done = shell("generate", "no/such/folder", "--prompt", "x")
     assert done.returncode == 2 and not done.stdout
@@ -291,11 +277,6 @@ BAD = {
         ["compress", "{slim}", "--low-memory", "--statistics", "{statistics}", "--params", "0.9"],
         "slim already, and in low memory",
     ),
-    "no rounds": (["{job}", "--rounds", "0"], "rounds is 0, expected at least 1"),
-    "rounds to a plan": (["{job}", "--plan", "{plan}", "--rounds", "2"], "give a budget"),
-    "rounds to a quality": (["{job}", "--quality", "1e-3", "--rounds", "2"], "how much is to go"),
-    "rounds of heads": (["{job}", "--recipe", "magnitude", "--rounds", "2"], "no error curves"),
-    "rounds in low memory": (["{job}", "--low-memory", "--rounds", "2"], "leave --rounds out"),
     "unknown option": (["compress", "--parms", "0.8"], "No such option: --parms"),
     "unknown command": (["squeeze"], "No such command 'squeeze'"),
     "nothing to draw": (["generate", "{dense}"], "give --prompt"),

@@ -28,25 +28,15 @@ def test_figures_have_one_name():
     found = sample_results.complete()
     figures = found["plan"]["figures"]
     figures |= {"layers_removed": 1, "heads_removed": 2}
-    figures["rounds"] = {"asked": 2, "kept": True, "error_one_shot": 3e-7, "error": 2e-7}
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
         "velocity error on probes",
         "layers removed wholly",
         "attention heads removed elsewhere",
-        "rounds of calibration",
     }
     text = text_of(found)
     assert all(name in text for name in names.FIGURES.values())
-
-
-def test_rounds_are_told_with_what_the_other_way_loses():
-    rounds = {"asked": 2, "error_one_shot": 3e-7, "error": 2.9e-7}
-    one, two = (numbers.error(rounds[key]) for key in ("error_one_shot", "error"))
-    assert names.rounds_told({"rounds": rounds | {"kept": True}}) == f"2 (error of one: {one})"
-    assert names.rounds_told({"rounds": rounds | {"kept": False}}) == f"1 (2 lose no less: {two})"
-    assert names.rounds_told({}) == ""
 
 
 def test_detail_rows_are_the_attributes_without_the_whole():

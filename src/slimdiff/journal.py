@@ -15,7 +15,6 @@ from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import component_of
 from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
-from slimdiff.groups import Group
 from slimdiff.picture import base64_png
 from slimdiff.plan import Plan
 from slimdiff.results import Results, called, made_by, write
@@ -40,7 +39,6 @@ class Journal:
         images: "dense" and "slim" -> PIL images of the first prompts.
         sections: of the results, as far as they are known.
         done: stages that had something to do.
-        before: groups, costs and class of what shrinks, as it came.
     """
 
     pipe: Any
@@ -54,7 +52,6 @@ class Journal:
     images: dict[str, list[Any]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
-    before: tuple[list[Group], costs.Costs, str] | None = None
 
     def noting(self, progress: Progress | None) -> Progress:
         """`progress`, and a note of the stages that reported any."""
@@ -74,11 +71,10 @@ class Journal:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add up the seconds spent inside."""
+        """Note the seconds spent inside."""
         start = time.perf_counter()
         yield
-        spent = time.perf_counter() - start
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 2)
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
 
     def draw(self, label: str) -> None:
         """Draw the first prompts with the pipeline as it stands."""
@@ -88,25 +84,18 @@ class Journal:
                 self.pipe, texts, range(len(texts)), **self.config.sampling
             )
 
-    def weigh(self, statistics: Statistics) -> None:
-        """Note what everything costs, before anything is rewritten."""
+    def account(self, statistics: Statistics, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
+        """Note where parameters and MACs are, while the denoiser is still dense."""
         if self.results is None:
             return
         denoiser = component_of(self.pipe, self.component)[1]
         groups = groups_of(denoiser)
         found = costs.measure(denoiser, groups, statistics.probes.batches(1)[0])
-        self.before = groups, found, type(denoiser).__name__
-
-    def account(self, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
-        """Note where parameters and MACs were, and where they are under `plan`."""
-        if self.before is None:
-            return
-        groups, found, name = self.before
         self.sections |= accounting.account(groups, found, plan.entries, curves)
         self.sections["model"] = {
             "dense": Path(str(getattr(self.pipe, "name_or_path", None) or "dense")).name,
             "slim": "slim",
-            "class": name,
+            "class": type(denoiser).__name__,
         }
 
     def write(self, plan: Plan) -> None:

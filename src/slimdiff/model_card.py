@@ -14,7 +14,7 @@ from torch import nn
 from slimdiff.components import absent_components, loading_call
 from slimdiff.denoiser import ENCODERS, slim_components
 from slimdiff.plan import Entry, Plan
-from slimdiff.report.names import rounds_told, width_name
+from slimdiff.report.names import width_name
 
 CARD_FILE = "README.md"
 
@@ -116,7 +116,6 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))
-        rows += [("Rounds of calibration", told)] if (told := rounds_told(figures)) else []
     return _table(("", ""), rows)
 
 

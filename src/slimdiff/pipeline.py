@@ -22,12 +22,10 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
 from slimdiff.journal import Journal
-from slimdiff.plan import Plan, SlimRecord
+from slimdiff.plan import Plan
 from slimdiff.planning import by_hand, check_budget, refuse_unfit
-from slimdiff.probing import Probed
 from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import rewrite
-from slimdiff.rounds import Rounds, check_rounds
 from slimdiff.statistics import Statistics
 from slimdiff.widths import allocate, measure_curves
 
@@ -49,7 +47,6 @@ def compress(
     temperature: float = 0.3,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
-    rounds: int = 1,
     component: str | None = None,
     config: CalibrationConfig | None = None,
     checkpoint: str | Path | None = None,
@@ -60,13 +57,10 @@ def compress(
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
 
     Args:
-        pipe: a diffusers pipeline with a denoiser of a known family. Of one that is slim already,
-            budgets, the plan and its figures begin at what it is; `slim_record` at the dense one.
+        pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
         budget, plan: what the component may hold afterwards, or the widths to use instead.
         recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
-        rounds: in 2, half goes, what is left is calibrated again, and the rest goes; the outcome is
-            that of one round unless it loses less, on held-out inputs. More: in equal parts.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config: how calibration samples.
         checkpoint: folder to save statistics and error curves to, and to resume from.
@@ -74,44 +68,23 @@ def compress(
         progress: called with (stage, done, in all).
 
     Raises:
-        SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown
-            denoiser, a slim one without plan and maps, NaN or infinity in an activation, or rounds
-            towards a plan or a quality.
+        SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
+            incomplete denoiser, NaN or infinity in an activation.
     """
+    denoiser = component_of(pipe, component)[1]
+    config = config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer["remove_layers"] = remove_layers
-    config = config or CalibrationConfig()
-    check_rounds(rounds, budget, recipe)
     _refuse_impossible(pipe, component, config, budget, plan, how | finer)
-    settings = {"budget": budget, **how, **finer, "rounds": rounds if rounds > 1 else None}
-    drawn = (results, pictures if results else 0)
-    journal = Journal(pipe, list(prompts), config, *drawn, settings, component)
-    return _slimmed(journal, prompts, budget, plan, how, finer, rounds, checkpoint, progress)
-
-
-def _slimmed(
-    journal: Journal,
-    prompts: Sequence[str],
-    budget: Budget | None,
-    plan: Plan | None,
-    how: Mapping[str, Any],
-    finer: Mapping[str, Any],
-    rounds: int,
-    checkpoint: str | Path | None,
-    progress: Progress | None,
-) -> Plan:
-    """The stages in order."""
-    pipe, component = journal.pipe, journal.component
-    denoiser = component_of(pipe, component)[1]
-    earlier, progress = earlier_record(denoiser), journal.noting(progress)
-    if earlier is not None:
-        logger.warning("warning: the model is slim already: shares are of what it has by now")
+    done = (results, pictures if results else 0, {"budget": budget} | how | finer, component)
+    journal = Journal(pipe, list(prompts), config, *done)
     journal.draw("dense")
+    progress = journal.noting(progress)
     kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
     once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
     with journal.timed("calibrate"):
-        statistics = calibrate(pipe, prompts, journal.config, **once, progress=progress)
+        statistics = calibrate(pipe, prompts, config, **once, progress=progress)
     curves: dict[str, ErrorCurve] = {}
     if budget is not None:
         with journal.timed("allocate"):
@@ -119,16 +92,7 @@ def _slimmed(
             plan = allocate(denoiser, statistics, budget, **how, **finer, **kept, curves=curves)
     else:
         plan = _given(denoiser, statistics, plan)
-    probed = probes_of(denoiser, statistics)
-    journal.weigh(statistics)
-    if budget is not None and rounds > 1:
-        several = Rounds(journal, budget, rounds, how, finer, checkpoint, progress)
-        plan = several.slim(statistics, plan, curves, probed)
-    else:
-        with journal.timed("rewrite"):
-            rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
-    journal.account(plan, curves)
-    _finish(journal, statistics, plan, probed, earlier)
+    _finish(journal, statistics, plan, curves, progress)
     return plan
 
 
@@ -143,11 +107,15 @@ def _finish(
     journal: Journal,
     statistics: Statistics,
     plan: Plan,
-    probed: Probed,
-    earlier: SlimRecord | None,
+    curves: Mapping[str, ErrorCurve],
+    progress: Progress | None,
 ) -> None:
-    """Add what was measured to the plan's figures, keep it with the model, write the results."""
+    """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
     name, denoiser = component_of(journal.pipe, journal.component)
+    probed, earlier = probes_of(denoiser, statistics), earlier_record(denoiser)
+    journal.account(statistics, plan, curves)
+    with journal.timed("rewrite"):
+        rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     if name in ENCODERS:
         plan.figures["component"] = name
@@ -176,7 +144,8 @@ def _refuse_impossible(
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
-    earlier_record(denoiser)
+    if earlier_record(denoiser) is not None:
+        logger.warning("warning: the model is slim already: shares are of what it has by now")
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
     recipe = recipe_named(how["recipe"])

@@ -7,8 +7,7 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
   `made_by` gives it.
 - `model`: {"dense", "slim", "class"}: names, and the class of the denoiser.
 - `plan`: {"recipe", "allocation", "budget", "figures"}; the figures have "seconds" by stage, and
-  "reused": the stages that found what they were to make; "rounds": {"asked", "kept",
-  "error_one_shot", "error"} where more than one was asked.
+  "reused": the stages that found what they were to make.
 - `groups`: a list of {"name", "kind", "block", "layer", "width", "dense_width", "heads",
   "dense_heads", "params", "params_dense", "macs", "macs_dense", "gain", "curve": {"widths": [...],
   "errors": [...]}}; `curve` is the predicted relative squared error of the denoiser's output (of

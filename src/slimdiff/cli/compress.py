@@ -42,7 +42,6 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
 - `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
-- `slimdiff compress ./model --prompts captions.txt --params 0.4 --rounds 2`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --component text_encoder --params 0.7 -o out`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
@@ -70,7 +69,6 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
-    rounds: own.Rounds = 1,
     num_prompts: own.NumPrompts = 128,
     timestep_weights: own.Weights = "uniform",
     num_probes: own.NumProbes = 32,
@@ -94,7 +92,7 @@ def compress(
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
     budgets = (params, macs, remove, memory, speedup, latency, quality)
     allocation = allocation or ("uniform" if low_memory else None)
-    choices = (recipe, allocation, untied, multiple, temperature, component, rounds)
+    choices = (recipe, allocation, untied, multiple, temperature, component)
     job = _how(plan, budgets, layers, *choices)
     if low_memory:
         return _stream(where, out, statistics, job, variant)
@@ -135,15 +133,13 @@ def _stream(
     """Block by block, from shards to shards."""
     from slimdiff.low_memory import compress_folder
 
-    if job["rounds"] > 1:
-        raise SlimdiffError("--low-memory calibrates nothing: leave --rounds out")
     if statistics is None:
         raise SlimdiffError("--low-memory runs nothing: name --statistics that were recorded")
     if not Path(where.path).is_dir():
         raise SlimdiffError(f"{where.path}: --low-memory reads a folder; download the model first")
     if job["component"] in ENCODERS:
         raise SlimdiffError("--low-memory is for denoisers; leave it out for a text encoder")
-    unknown = ("temperature", "component", "rounds")
+    unknown = ("temperature", "component")
     job = {name: value for name, value in job.items() if name not in unknown}
     with console.Bars() as bars:
         more = job | {"variant": variant, "progress": bars}
@@ -161,11 +157,9 @@ def _how(
     multiple: int,
     temperature: float,
     component: str | None,
-    rounds: int,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
     from slimdiff.bundles import Allocation
-    from slimdiff.rounds import check_rounds
 
     chosen = Allocation(
         allocation or recipe_named(recipe).allocation, not untied, multiple, temperature
@@ -175,10 +169,8 @@ def _how(
         raise SlimdiffError("--plan has widths already: give either --plan or a budget")
     if not any(given.values()):
         given["params"] = DEFAULT_SHARE
-    budget = None if plan else Budget(**given)
-    check_rounds(rounds, budget, recipe)
     return {
-        "budget": budget,
+        "budget": None if plan else Budget(**given),
         "plan": Plan.read(plan) if plan else None,
         "recipe": recipe,
         "allocation": chosen.name,
@@ -187,7 +179,6 @@ def _how(
         "temperature": chosen.temperature,
         "layers": options.names(layers),
         "component": component,
-        "rounds": rounds,
     }
 
 

@@ -69,14 +69,6 @@ RemoveLayers = Annotated[
         "--remove-layers/--keep-layers",
     ),
 ]
-Rounds = Annotated[
-    int,
-    recipe(
-        "2: half of what is to go goes, what is left is calibrated again, and then the rest goes; "
-        "kept where that loses less. More: in equal parts.",
-        "--rounds",
-    ),
-]
 NumPrompts = Annotated[
     int, calibration("How many prompts to use, from the start of the file.", "--num-prompts")
 ]

@@ -66,7 +66,7 @@ def _sampling(plan: Plan) -> str:
 
 def _table(plan: Plan, title: str) -> Any:
     from slimdiff.report import numbers
-    from slimdiff.report.names import FIGURES, figure_name, rounds_told, stage_told
+    from slimdiff.report.names import FIGURES, figure_name, stage_told
 
     figures, shown = plan.figures, console.table(title, COLUMNS)
     for key in ("params", "macs"):
@@ -84,8 +84,6 @@ def _table(plan: Plan, title: str) -> Any:
     for key in ("layers_removed", "heads_removed"):
         if figures.get(key):
             shown.add_row(FIGURES[key], "", str(figures[key]), "")
-    if rounds := rounds_told(figures):
-        shown.add_row(FIGURES["rounds"], "", rounds, "")
     for stage, seconds in figures["seconds"].items():
         told = stage_told(stage, f"{seconds:.1f}", figures["reused"])
         shown.add_row(f"seconds to {stage}", "", *told)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name, rounds_told, width_name
+from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name, width_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -134,8 +134,6 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ("layers_removed", "heads_removed"):
         if figures.get(key):
             found[FIGURES[key]] = str(figures[key])
-    if told := rounds_told(figures):
-        found[FIGURES["rounds"]] = told
     return found
 
 

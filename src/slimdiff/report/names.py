@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from slimdiff.report import numbers
-
 METRICS = {"params": "parameters", "macs": "MACs"}
 
 FIGURES = {
@@ -22,7 +20,6 @@ FIGURES = {
     "error_on_probes": "velocity error on probes",
     "layers_removed": "layers removed wholly",
     "heads_removed": "attention heads removed elsewhere",
-    "rounds": "rounds of calibration",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
@@ -55,15 +52,6 @@ def figure_name(key: str, figures: Mapping[str, Any]) -> str:
     name = FIGURES[key]
     encoder = figures.get("component")
     return name.replace("velocity error", "error of the encoder's output") if encoder else name
-
-
-def rounds_told(figures: Mapping[str, Any]) -> str:
-    """How many rounds it took, and what the other way would have lost; "" where one was asked."""
-    if not (found := figures.get("rounds")):
-        return ""
-    if found["kept"]:
-        return f"{found['asked']} (error of one: {numbers.error(found['error_one_shot'])})"
-    return f"1 ({found['asked']} lose no less: {numbers.error(found['error'])})"
 
 
 def kind_name(kind: str) -> str:
