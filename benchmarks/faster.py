@@ -41,7 +41,8 @@ def curves_of(shape: Shape, folder: Path) -> dict[str, ErrorCurve]:
     """Error curves and gains under random weights, kept in a folder."""
     small = replace(shape, dtype=torch.bfloat16, latents=min(shape.latents, CURVE_LATENTS))
     unet = build(small)
-    with slimdiff.record(unet, num_probes=2) as statistics, torch.no_grad():
+    recording = slimdiff.record(unet, num_probes=2, dtype=torch.float32)
+    with recording as statistics, torch.no_grad():
         for seed in range(2):
             unet(**inputs(small, seed))
     return measure_curves(unet, statistics, folder=folder)
