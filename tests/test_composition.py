@@ -313,4 +313,4 @@ def test_every_family_slimmed_twice_loads_in_plain_diffusers(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     for name, output in expected.items():
         got = load_file(tmp_path / f"{name}.safetensors")["output"]
-        torch.testing.assert_close(got, output, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, output, rtol=1e-4, atol=1e-5)
