@@ -111,7 +111,7 @@ def halfway(result: dict[str, Any]) -> str:
         own, one = (rows[f"{share:.0%} in {n}"][ERROR] for n in (steps, 1))
         return f"{own:.2e} ({own / one:.2f})"
 
-    shares = list(dict.fromkeys(row["share"] for row in rows.values()))
+    shares = [row["share"] for row in rows.values() if row["steps"] == 2]
     cells = [[f"{share:.0%}", *(cell(share, steps) for steps in (1, 2))] for share in shares]
     return (
         f"## Calibrated again halfway, on scenes-unet\n\nShares of all parameters removed in one "
