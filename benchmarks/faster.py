@@ -2,11 +2,11 @@
 
     python benchmarks/faster.py sd15
     python benchmarks/faster.py sd15 --dtype bfloat16
-    python benchmarks/faster.py sdxl --allocation uniform
+    python benchmarks/faster.py sdxl --allocation probed
 
-Every layer is timed at several widths on this machine. Widths are allocated by error curves that
-were probed on the model in bfloat16 with 32 by 32 latents, or (uniform) all layers keep the same
-share of their width, as much as the time allows. Dense and slim are timed once more in turn at the
+Every layer is timed at several widths on this machine. All layers keep the same share of their
+width (uniform), as much as the time allows, or what error curves say (probed) that were measured on
+the model in bfloat16 with 32 by 32 latents. Dense and slim are timed once more in turn at the
 end, apart from the search.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--latents", type=int, default=None)
-    parser.add_argument("--allocation", choices=("probed", "uniform"), default="probed")
+    parser.add_argument("--allocation", choices=("probed", "uniform"), default="uniform")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     options = parser.parse_args()
     shape = SHAPES[options.model]
