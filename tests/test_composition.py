@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import slimdiff
@@ -20,7 +17,7 @@ from slimdiff.groups import LAYERS, Group, stem
 from slimdiff.profiling import profile
 from slimdiff.removal import removable_layers
 from test_contract import CASES, NOT_OF_ITS_CONFIG, Case, case, outputs
-from test_contract_plain import PLAIN
+from test_contract_plain import assert_plain_diffusers_gives
 from tiny_models import TINY_MODELS
 
 __all__ = ["case"]
@@ -308,9 +305,4 @@ def test_every_family_slimmed_twice_loads_in_plain_diffusers(tmp_path: Path) -> 
         slim = twice(case, allocation="uniform")[0]
         slimdiff.save(slim, tmp_path / name)
         expected[name] = outputs(slim, case.inputs[:1])[0].flatten()
-    command = [sys.executable, "-c", PLAIN, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, output in expected.items():
-        got = load_file(tmp_path / f"{name}.safetensors")["output"]
-        torch.testing.assert_close(got, output, rtol=1e-4, atol=1e-5)
+    assert_plain_diffusers_gives(expected, tmp_path)

@@ -146,12 +146,12 @@ def _source(
         "prompts_sha256": digest,
         "denoiser_sha256": hashlib.sha256(weight.numpy().tobytes()).hexdigest(),
         "denoiser_dtype": str(next(denoiser.parameters()).dtype),
-        "widths_sha256": slim_digest(denoiser),
+        "widths_sha256": _slim_digest(denoiser),
         "config": asdict(config),
     }
 
 
-def slim_digest(denoiser: nn.Module) -> str | None:
+def _slim_digest(denoiser: nn.Module) -> str | None:
     """What tells a slim denoiser from others of the same dense one; None for a dense one."""
     slim, record = settings(denoiser).get("slimdiff"), getattr(denoiser, "slim_record", None)
     if not slim:
