@@ -2,12 +2,13 @@
 
     python benchmarks/faster.py sd15
     python benchmarks/faster.py sd15 --dtype bfloat16
-    python benchmarks/faster.py sdxl --allocation probed
+    python benchmarks/faster.py sdxl --allocation uniform
 
-Every layer is timed at several widths on this machine. All layers keep the same share of their
-width (uniform), as much as the time allows, or what error curves say (probed) that were measured on
-the model in bfloat16 with 32 by 32 latents. Dense and slim are timed once more in turn at the
-end, apart from the search.
+Every layer is timed at several widths on this machine, attention with fewer heads too. Layers keep
+what loses least in that time by error curves that were measured on the model in bfloat16 with 32 by
+32 latents (probed; no layer goes wholly, for what a random one is worth says little), or all the
+same share of their width (uniform). Dense and slim are timed once more in turn at the end, apart
+from the search.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from slimdiff.bundles import Allocation
 from slimdiff.config import RECIPES
 from slimdiff.curves import ErrorCurve
 from slimdiff.fitting import fit_speedup, timed
-from slimdiff.planning import least_nanoseconds, make_plan
+from slimdiff.planning import make_plan
+from slimdiff.prices import least_nanoseconds
 from slimdiff.profiling import narrowed, profile
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Probes, Statistics
@@ -54,20 +56,24 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--latents", type=int, default=None)
-    parser.add_argument("--allocation", choices=("probed", "uniform"), default="uniform")
+    parser.add_argument("--allocation", choices=("probed", "uniform"), default="probed")
+    parser.add_argument("--all-heads", action="store_true", help="no head goes")
+    parser.add_argument("--profiles", type=Path, help="folder where a profile is kept")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     options = parser.parse_args()
     shape = SHAPES[options.model]
     dtype = getattr(torch, options.dtype) if options.dtype else shape.dtype
     shape = replace(shape, dtype=dtype, latents=options.latents or shape.latents)
-    settings = Allocation(options.allocation, multiple=options.multiple)
+    settings = Allocation(
+        options.allocation, multiple=options.multiple, heads=not options.all_heads
+    )
     curves: dict[str, ErrorCurve] = {}
     if options.allocation == "probed":
         curves = curves_of(shape, options.work / f"faster-{options.model}")
     unet, call = build(shape).to(memory_format=torch.channels_last), inputs(shape, 0)
     groups, recipe = slimdiff.groups_of(unet), RECIPES["slimdiff"]
     start = time.perf_counter()
-    times = profile(unet, groups, call, multiple=options.multiple)
+    times = profile(unet, groups, call, multiple=options.multiple, folder=options.profiles)
     seconds = round(time.perf_counter() - start, 1)
     print(f"profile: {seconds} s, dense call {times.seconds:.2f} s", flush=True)
     dense = costs.measure(unet, groups, call)
@@ -78,7 +84,7 @@ def main() -> None:
         return make_plan(type(unet).__name__, *parts, profile=times, limit=limit)
 
     def measured(wanted: float) -> dict[str, Any]:
-        least = least_nanoseconds(groups, recipe, settings, times)
+        least = least_nanoseconds(groups, recipe, settings, curves, times)
         found = fit_speedup(
             lambda limit: plan(wanted, limit),
             lambda made: timed(unet, groups, made, call),
@@ -99,6 +105,8 @@ def main() -> None:
             "speedup_in_search": found.figures["latency"]["speedup"],
             "macs_allow": allowed,
             "share_reached": again.speedup / allowed,
+            "heads_removed": found.figures.get("heads_removed", 0),
+            "predicted_error": found.figures.get("predicted_error"),
         }
 
     rows = []
@@ -119,6 +127,7 @@ def main() -> None:
             "macs": dense.macs,
             "multiple": options.multiple,
             "allocation": options.allocation,
+            "all_heads": options.all_heads,
             "profile_seconds": seconds,
             "rows": rows,
         },

@@ -162,6 +162,7 @@ def low_memory(result: dict[str, Any]) -> str:
 
 
 MANY = {
+    "dense": "dense",
     "slim": "slimdiff, half of the parameters",
     "faster": "slimdiff, a call of eight images 1.5 times faster",
     "obs-diff": "OBS-Diff (ours), half of the parameters",
@@ -172,20 +173,22 @@ MANY = {
 
 def many(result: dict[str, Any]) -> str:
     """Scene accuracy on many prompts."""
-    sums: dict[str, list[int]] = {}
-    for name, row in result["rows"].items():
-        counts = sums.setdefault(name.split()[0], [0, 0, row["params"]])
-        counts[0] += row["right"]
-        counts[1] += row["of"]
+    rows, dense = result["rows"], result["rows"]["dense denoiser"]
     cells = []
-    for name, (right, of, params) in sums.items():
+    for name, title in MANY.items():
+        parts = [row for own, row in rows.items() if own.startswith(f"{name} ") and "of" in row]
+        if not parts:
+            continue
+        right, of = (sum(row[what] for row in parts) for what in ("right", "of"))
         low, high = wilson(right, of)
-        cells.append(
-            [MANY.get(name, name), str(params), f"{right} of {of}", f"{low:.2%} to {high:.2%}"]
-        )
+        own = rows[f"{name} denoiser"]
+        shares = [f"{own[what] / dense[what]:.1%}" for what in ("params", "macs")]
+        faster = f"{own['call_speedup']:.2f}x"
+        cells.append([title, *shares, faster, f"{right} of {of}", f"{low:.2%} to {high:.2%}"])
+    columns = ("", "parameters of the UNet", "MACs", "call faster", "scenes right", "95 %")
     return (
         f"## Many test prompts, on scenes-unet\n\nWhole scenes right, all pipelines under bfloat16"
         f" autocast, after calibration on {result['settings']['calibration_prompts']} prompts.\n\n"
-        f"{table(('', 'parameters of the UNet', 'scenes right', '95 %'), cells)}\n\n"
+        f"{table(columns, cells)}\n\n"
         f"{made_by(result)}\n"
     )

@@ -5,6 +5,7 @@
 
 Half of the bundled UNet's parameters are removed after calibration on 128 prompts; or as many as
 make a call of eight images 1.5 times faster. OBS-Diff's rule removes as many parameters, or MACs.
+Each denoiser's call is timed beside the dense one's, in float32.
 All pipelines draw under bfloat16 autocast, which is two times faster here; everything else is done
 in float32.
 """
@@ -39,7 +40,7 @@ class Pipes:
     """The pipelines by name, each made when it is asked for."""
 
     def __init__(self, work: Path) -> None:
-        self.trial, self.work = Trial(Size(images=1, errors=1, runs=1)), work / "many"
+        self.trial, self.work = Trial(Size(images=1, errors=1, runs=5)), work / "many"
         self.texts = prompts("calibration", CALIBRATION)
         self.make: dict[str, Callable[[], Any]] = {
             "dense": lambda: self.trial.dense,
@@ -93,14 +94,23 @@ class Pipes:
         return found["unet"]
 
 
-def chunk(pipe: Any, unet: Any, start: int, stop: int) -> dict[str, Any]:
+def cost(trial: Trial, unet: Any) -> dict[str, Any]:
+    """What a denoiser holds, and how long it takes beside the dense one."""
+    return {
+        "params": costs.parameters(unet),
+        "macs": trial.macs(unet),
+        "call_speedup": trial.call_speedup(unet, TIMED_ROWS),
+    }
+
+
+def chunk(pipe: Any, start: int, stop: int) -> dict[str, Any]:
     """How many of some prompts' scenes are right."""
     texts = prompts("test", stop)[start:]
     with torch.autocast("cpu", torch.bfloat16):
         images = generate(pipe, texts, range(start, stop), batch_size=32, **SAMPLING)
     found = scene_accuracy(images, texts)
     right = round(found.whole * len(texts))
-    return {"params": costs.parameters(unet), "right": right, "of": len(texts)}
+    return {"right": right, "of": len(texts)}
 
 
 def main() -> None:
@@ -116,9 +126,12 @@ def main() -> None:
         starts = range(0, options.prompts, CHUNK)
         spans = [(start, min(start + CHUNK, options.prompts)) for start in starts]
         missing = [span for span in spans if f"{name} {span[0]} to {span[1]}" not in rows.rows]
-        pipe = pipes.pipe(name) if missing and f"{name} ".startswith(options.only) else None
-        for a, b in missing if pipe is not None else []:
-            rows.measure(f"{name} {a} to {b}", lambda p=pipe, a=a, b=b: chunk(p, p.unet, a, b))
+        if not missing or not f"{name} ".startswith(options.only):
+            continue
+        pipe = pipes.pipe(name)
+        rows.measure(f"{name} denoiser", lambda p=pipe: cost(pipes.trial, p.unet))
+        for a, b in missing:
+            rows.measure(f"{name} {a} to {b}", lambda p=pipe, a=a, b=b: chunk(p, a, b))
 
 
 if __name__ == "__main__":

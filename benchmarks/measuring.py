@@ -133,7 +133,7 @@ def command() -> str:
     for option in ("--work", "--only"):
         ours.add_argument(option)
     ours.add_argument("--backwards", action="store_true")
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     name = script.relative_to(HERE.parent) if script.is_relative_to(HERE.parent) else script
     return shlex.join(["python", str(name), *ours.parse_known_args(sys.argv[1:])[1]])
 

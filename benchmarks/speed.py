@@ -2,11 +2,11 @@
 
     python benchmarks/speed.py sd15
     python benchmarks/speed.py sdxl --dtype bfloat16
-    python benchmarks/speed.py sdxl --recording 64
+    python benchmarks/speed.py sdxl --recording 128 --calls 5 --runs 1
 
 Random weights; every attention and feed-forward layer keeps the same share of its width (no
-statistics are needed for shapes). Also what recording adds to a denoiser call, and the seconds to
-save and to load.
+statistics are needed for shapes). Also the seconds to save and to load; or, at latents of some
+size, what recording adds to a denoiser call.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from slimdiff.config import TRANSFORMER
 from slimdiff.evaluate import interleaved
 
 SHARES = (0.41, 0.60)
+CALLS = 20
+"""Denoiser calls of one batch of prompts."""
 
 
 def narrowed(unet: Any, share: float) -> Any:
@@ -73,8 +75,11 @@ def calling(unet: Any, call: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def overhead(unet: Any, shape: Shape, runs: int) -> dict[str, Any]:
-    """Seconds of a denoiser call, plain and recorded, at batch 2 (guidance), after warm-up."""
+def overhead(unet: Any, shape: Shape, runs: int, calls: int = CALLS) -> dict[str, Any]:
+    """Seconds of a denoiser call, plain and recorded, at batch 2 (guidance), after warm-up.
+
+    Several calls are recorded at once, as calibration does: rows of wide layers wait for others.
+    """
     one = inputs(shape, 0)
     call = {
         name: value.repeat(2, *[1] * (value.ndim - 1)) if getattr(value, "ndim", 0) else value
@@ -84,26 +89,35 @@ def overhead(unet: Any, shape: Shape, runs: int) -> dict[str, Any]:
     if "added_cond_kwargs" in one:
         extra = one["added_cond_kwargs"]
         call["added_cond_kwargs"] = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in extra.items()}
-    statistics: slimdiff.Statistics | None = None
+    with slimdiff.record(unet, dtype=torch.float32) as statistics:  # the first call takes more in
+        unet(**call)
+
+    def plain() -> None:
+        with torch.inference_mode():
+            for _ in range(calls):
+                unet(**call)
 
     def recorded() -> None:
-        nonlocal statistics
-        with slimdiff.record(unet, statistics=statistics, dtype=torch.float32) as statistics:
-            unet(**call)
+        with slimdiff.record(unet, statistics=statistics, dtype=torch.float32):
+            for _ in range(calls):
+                unet(**call)
 
-    found = interleaved({"plain": calling(unet, call), "recorded": recorded}, runs=runs, warmup=1)
+    found = interleaved({"plain": plain, "recorded": recorded}, runs=runs, warmup=0)
     return {
-        "plain_seconds": found["plain"].median,
-        "recorded_seconds": found["recorded"].median,
+        "calls": calls,
+        "plain_seconds": found["plain"].median / calls,
+        "recorded_seconds": found["recorded"].median / calls,
         "overhead": 1 / found["plain"].speedup_of(found["recorded"]) - 1,
     }
 
 
 def only_recording(unet: Any, shape: Shape, options: argparse.Namespace) -> None:
     """Write what recording adds at another size."""
-    found = {"model": options.model, "latents": shape.latents, "runs": options.runs}
+    found: dict[str, Any] = {"model": options.model, "latents": shape.latents}
+    found["runs"] = options.runs
     found |= {"dtype": str(shape.dtype).removeprefix("torch.")}
-    write(f"recording-{options.model}", found | overhead(unet, shape, options.runs))
+    found |= overhead(unet, shape, options.runs, options.calls)
+    write(f"recording-{options.model}-{shape.latents}", found)
 
 
 def save_and_load(unet: Any) -> dict[str, float]:
@@ -123,6 +137,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--recording", type=int, help="only what recording adds, at these latents")
+    parser.add_argument("--calls", type=int, default=CALLS, help="that are recorded at once")
     options = parser.parse_args()
     shape = SHAPES[options.model]
     if options.dtype:
@@ -133,8 +148,6 @@ def main() -> None:
         return
     call = inputs(shape, 0)
     dense_macs = costs.measure(unet, [], call).macs
-    recording = overhead(unet, shape, options.runs)
-    print(recording, flush=True)
     rows = []
     for share in SHARES:
         slim = narrowed(unet, share).to(memory_format=torch.channels_last)
@@ -164,7 +177,6 @@ def main() -> None:
             "latents": shape.latents,
             "params": costs.parameters(unet),
             "runs": options.runs,
-            "recording": recording,
             "rows": rows,
         },
     )

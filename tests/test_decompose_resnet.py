@@ -13,6 +13,7 @@ from slimdiff.decompose.autocovariance import (
     spectral_moment,
     spectral_weight,
     unfolded_moment,
+    unfolded_product,
 )
 
 CHANNELS, GROUPS = 6, 3
@@ -63,6 +64,8 @@ def test_unfolded_moment_is_that_of_a_padded_image():
     some = torch.tensor([4, 1])
     rows = (some[:, None] * 9 + torch.arange(9)).flatten()
     torch.testing.assert_close(unfolded_moment(lags_of(x), some, every), expected[rows])
+    product = unfolded_product(kernel(), lags_of(x), some)
+    torch.testing.assert_close(product, kernel().flatten(1) @ expected[:, rows])
 
 
 def test_frequencies_hold_the_energy_of_the_output_of_a_constant_map():

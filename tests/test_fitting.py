@@ -15,6 +15,8 @@ from slimdiff import profiling
 from slimdiff.cli import main
 from slimdiff.curves import probes_of
 from slimdiff.fitting import TOLERANCE, Timed, fit_error, fit_speedup, measured_error, timed
+from slimdiff.heads import halves_of
+from slimdiff.prices import ascending
 from slimdiff.profile import Profile
 from slimdiff.shapes import slim_config
 from slimdiff.widths import measure_curves
@@ -65,14 +67,32 @@ def test_an_error_that_never_falls_is_refused():
     times=st.dictionaries(st.integers(1, 64), st.floats(1e-6, 1.0), min_size=2),
     widths=st.lists(st.integers(1, 80), min_size=2, unique=True),
 )
-def test_profile_times_are_strictly_ascending(times, widths):
-    found = Profile({}, 1.0, {"layer": times}).nanoseconds("layer", sorted(widths))
-    assert all(a < b for a, b in pairwise(found))
+def test_a_narrower_layer_is_no_slower_and_none_is_slower_than_it_was_timed(times, widths):
+    found = Profile({}, 1.0, {"layer": times}, {"layer": 0.5})
+    seconds = [found.of("layer", width) for width in sorted(widths)]
+    assert all(a <= b for a, b in pairwise(seconds))
+    assert all(found.of("layer", width) <= timed for width, timed in times.items())
+    assert seconds[0] >= min(times.values())
+    for width in widths:
+        fewer = [found.of("layer", width, share / 4) for share in range(1, 5)]
+        assert all(a <= b for a, b in pairwise(fewer)) and fewer[0] <= fewer[-1]
+        assert fewer[0] >= min(0.5, fewer[-1])
 
 
-def test_profile_interpolates_between_widths():
-    found = Profile({}, 1.0, {"layer": {8: 0.1, 16: 0.3}})
+def test_profile_interpolates_between_widths_and_heads():
+    found = Profile({}, 1.0, {"layer": {8: 0.1, 16: 0.3}}, {"layer": 0.05})
     assert [found.of("layer", w) for w in (4, 8, 12, 16)] == pytest.approx([0.1, 0.1, 0.2, 0.3])
+    assert [found.of("layer", w, 0.5) for w in (8, 16)] == pytest.approx([0.075, 0.175])
+    unknown = Profile({}, 1.0, {"layer": {8: 0.1, 16: 0.3}})
+    assert unknown.of("layer", 16, 0.5) == 0.3, "what was not timed saves nothing"
+
+
+@given(prices=st.lists(st.integers(-5, 20), min_size=1))
+def test_prices_are_made_strictly_ascending(prices):
+    found = ascending(prices)
+    assert all(a < b for a, b in pairwise(found)) and found[-1] == prices[-1]
+    assert all(own <= given_ for own, given_ in zip(found, prices, strict=True))
+    assert ascending(found) == found
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +113,10 @@ def test_profile_times_every_layer_once_per_machine(model, tmp_path: Path):
     assert set(found.layers) == {group.layer for group in groups}
     for group in groups:
         assert max(found.layers[group.layer]) == group.width
+    assert set(found.fixed) == {group.layer for group, _ in halves_of(groups)}
+    assert all(
+        0 <= fixed <= max(found.layers[layer].values()) for layer, fixed in found.fixed.items()
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
     assert profiling.profile(unet, groups, call, folder=tmp_path) == found

@@ -27,6 +27,7 @@ from slimdiff.fitting import measured_error
 from slimdiff.groups import Group
 from slimdiff.heads import halves_of, kept_heads
 from slimdiff.jobs import Job
+from slimdiff.prices import least_nanoseconds
 from slimdiff.profile import Profile
 from slimdiff.recipes import maps_of
 from slimdiff.streaming import rewrite_folder
@@ -266,17 +267,25 @@ def test_heads_stay_where_removing_them_measures_worse(planted: Planted) -> None
     assert job.removing().plan().figures["heads_removed"] > 2
 
 
-def test_times_of_fewer_heads_are_those_of_as_many_inner_channels(planted: Planted) -> None:
-    job, plan = removing(planted, 0.98)
+def test_heads_go_where_narrow_ones_take_as_long_as_wide_ones(planted: Planted) -> None:
+    job, _ = removing(planted, 0.98)
     widths = {g.layer: g.width for g in job.groups}
-    times = {layer: {w: w * 1e-3 for w in (4, width)} for layer, width in widths.items()}
-    found = Profile({}, 1.0, times)
-    saved = round(1e9 * sum(1e-3 * width for width in widths.values()) / 4)
-    fast = job.plan(profile=found, limit=found.dense_nanoseconds - saved)
-    assert fast.figures["heads_removed"]
-    halves = [e for name, e in fast.entries.items() if name.endswith(".vo")]
-    spent = sum(1e6 * e.width * e.heads / e.dense_heads for e in halves)
-    assert spent <= 1e6 * sum(widths.values()) - saved + len(halves) * 100
+    flat = {layer: {w: 1.0 + 1e-3 * w for w in (4, width)} for layer, width in widths.items()}
+    steep = {layer: {w: float(w) for w in (4, width)} for layer, width in widths.items()}
+    removed = {}
+    for name, times in (("flat", flat), ("steep", steep)):
+        found = Profile({}, 1e3, times, dict.fromkeys(times, 0.0))
+        saved = sum(max(own.values()) for own in times.values()) / 2
+        limit = found.dense_nanoseconds - round(1e9 * saved)
+        assert least_nanoseconds(job.groups, job.recipe, job.settings, job.curves, found) < limit
+        plan = job.plan(profile=found, limit=limit)
+        removed[name] = plan.figures["heads_removed"]
+        halves = {n[:-3]: e for n, e in plan.entries.items() if n.endswith(".vo")}
+        spent = sum(found.of(n, e.width, e.heads / e.dense_heads) for n, e in halves.items())
+        dense = sum(max(own.values()) for own in times.values())
+        assert dense - spent >= saved * (1 - 1e-6)
+    assert removed["flat"] > removed["steep"]
+    assert removed["flat"] >= 2 * len(widths), "half of four heads of every layer"
 
 
 def test_heads_stay_where_nothing_may_be_removed(planted: Planted) -> None:
@@ -305,7 +314,7 @@ def test_heads_stay_where_queries_and_keys_do() -> None:
     assert halves_of(case.groups) == []
 
 
-def test_curves_by_heads_are_kept_and_added_to_older_files(
+def test_curves_by_heads_are_kept_and_added_where_a_run_was_stopped_before(
     planted: Planted, tmp_path: Path
 ) -> None:
     model, statistics = planted.unet, planted.statistics
@@ -316,7 +325,7 @@ def test_curves_by_heads_are_kept_and_added_to_older_files(
         header = json.loads(stored.metadata()["slimdiff"])
         names = [name for name in stored.keys() if "heads" not in name]  # noqa: SIM118  (no dict)
         tensors = {name: stored.get_tensor(name) for name in names if ".vo" not in name[:6]}
-    del header["heads"]
+    header["heads"] = dict.fromkeys(header["heads"])
     save_file(tensors, file.path, metadata={"slimdiff": json.dumps(header)})
     assert all(curve.by_heads is None for curve in file.load().values())
     asked: list[Any] = []
@@ -366,23 +375,27 @@ def halves(draw: st.DrawFn) -> tuple[Bundle, dict[str, ErrorCurve]]:
 
 
 @settings(deadline=None)
-@given(given_=halves())
-def test_sizes_rise_in_cost_and_lose_no_more_than_all_heads(
-    given_: tuple[Bundle, dict[str, ErrorCurve]],
+@given(given_=halves(), per_head=st.integers(0, 9))
+def test_sizes_rise_in_price_and_lose_no_more_than_all_heads(
+    given_: tuple[Bundle, dict[str, ErrorCurve]], per_head: int
 ) -> None:
+    def price(size: Size) -> float:
+        return size.inner + per_head * size.heads
+
     bundle, curves = given_
-    found = with_fewer_heads(bundle, curves)
+    found = with_fewer_heads(bundle, curves, price)
     heads, width = bundle.sizes[-1].heads, bundle.sizes[-1].width
-    assert all(a.inner < b.inner for a, b in pairwise(found.sizes))
+    assert all(price(a) <= price(b) for a, b in pairwise(found.sizes))
     assert found.sizes[-1] == bundle.sizes[-1] and found.sizes[0].inner >= 0
     errors = {size: found.error(size, curves) for size in found.sizes}
-    every = [bundle.error(Size(w, heads), curves) for w in range(width + 1)]
     least = next(size.width for size in bundle.sizes if size.width)
+    every = [Size(w, heads) for w in range(least, width + 1)]
+    line = [(price(size), bundle.error(size, curves)) for size in every]
     for size in bundle.sizes:  # all heads lose no more than before at any cost
-        cheaper = [error for own, error in errors.items() if own.inner <= size.inner]
+        cheaper = [error for own, error in errors.items() if price(own) <= price(size)]
         assert min(cheaper) <= bundle.error(size, curves)
         assert size in found.sizes or min(cheaper) < bundle.error(size, curves)
     for place, size in enumerate(found.sizes):
         if size.heads < heads:
-            assert errors[size] < WORTH * between(every, max(least, size.inner / heads))
+            assert errors[size] < WORTH * between(line, price(size))
             assert all(errors[size] < errors[other] for other in found.sizes[:place])

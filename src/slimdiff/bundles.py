@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry
 
 WORTH = 0.8
-"""Share of what all heads lose at as many inner channels, below which fewer heads are offered.
+"""Share of what all heads lose at the same price, below which fewer heads are offered.
 
 Gains are measured with all heads. Fewer ones that were predicted to lose a tenth less lost a little
 more on held-out prompts of scenes-unet, at 35 % and at 50 % removed."""
@@ -70,11 +71,6 @@ class Bundle:
     groups: tuple[Group, ...]
     by_heads: bool
     sizes: list[Size]
-
-    @property
-    def widths(self) -> list[float]:
-        """Of every size the width at which all heads have as many inner channels."""
-        return [size.inner / self.groups[0].heads for size in self.sizes]
 
     def inner(self, group: Group, size: Size) -> int:
         """Inner channels of one of the groups at a size."""
@@ -137,27 +133,38 @@ def _widths(group: Group, multiple: int) -> list[Size]:
     return [Size(width, group.heads) for width in sizes_of(group, multiple)]
 
 
-def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle:
+def with_fewer_heads(
+    bundle: Bundle, curves: Mapping[str, ErrorCurve], price: Callable[[Size], float]
+) -> Bundle:
     """The bundle, with sizes of fewer heads where these are predicted to lose less.
 
-    Less than `WORTH` of what all heads would lose at as many inner channels, were every width
-    allowed (at least the smallest that is), and less than any size of no more channels. Sizes of
-    all heads stay, except those that lose more than a smaller size of fewer heads.
+    Less than `WORTH` of what all heads would lose at the same price, were every width allowed (at
+    least the smallest that is), and less than any cheaper size. Sizes of all heads stay, except
+    those that lose more than a cheaper size of fewer heads.
+
+    Args:
+        bundle: of all heads.
+        curves: errors of its groups.
+        price: what a size costs.
+
+    Returns:
+        A bundle with sizes by ascending price.
     """
     groups, dense = bundle.groups, bundle.sizes[-1]
     counts = curves[groups[-1].name].by_heads or {}
     if len(groups) == 1 or not counts:
         return bundle
     widths = [size.width for size in bundle.sizes if size.width]
-    every = [bundle.error(Size(width, dense.heads), curves) for width in range(dense.width + 1)]
+    every = [Size(width, dense.heads) for width in range(widths[0], dense.width + 1)]
+    line = [(price(size), bundle.error(size, curves)) for size in every]
     found = {size: bundle.error(size, curves) for size in bundle.sizes}
     for size in (Size(width, heads) for heads in counts for width in widths):
         error = bundle.error(size, curves)
-        if pays(error, every, max(widths[0], size.inner / dense.heads)):
+        if error < WORTH * between(line, price(size)):
             found[size] = error
     sizes: list[Size] = []
     least = least_of_fewer = math.inf
-    for size in sorted(found, key=lambda size: (size.inner, found[size])):
+    for size in sorted(found, key=lambda size: (price(size), size.inner, found[size])):
         whole, error = size.heads == dense.heads, found[size]
         if error <= least_of_fewer if whole else error < least:
             sizes.append(size)
@@ -166,18 +173,13 @@ def with_fewer_heads(bundle: Bundle, curves: Mapping[str, ErrorCurve]) -> Bundle
     return replace(bundle, sizes=sizes)
 
 
-def pays(error: float, every: Sequence[float], width: float) -> bool:
-    """Whether fewer heads lose so little that they are offered.
+def between(line: Sequence[tuple[float, float]], place: float) -> float:
+    """The second at a place among the firsts (ascending), linearly; beyond them, that of the end.
 
-    Args:
-        error: that they lose.
-        every: what all heads lose, by width.
-        width: at which all heads have as many inner channels.
+    Of several equal firsts the last one counts.
     """
-    return error < WORTH * between(every, width)
-
-
-def between(values: Sequence[float], place: float) -> float:
-    """The value at a place between two indices, linearly."""
-    low = min(int(place), len(values) - 2)
-    return values[low] + (values[low + 1] - values[low]) * (place - low)
+    right = bisect_right(line, place, key=lambda point: point[0])
+    if right in (0, len(line)):
+        return line[min(right, len(line) - 1)][1]
+    (a, low), (b, high) = line[right - 1], line[right]
+    return low + (high - low) * (place - a) / (b - a)

@@ -17,7 +17,7 @@ from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve
 from slimdiff.statistics import Statistics
 
-VERSION = 4
+VERSION = 5
 
 
 class CurveFile:
@@ -82,7 +82,7 @@ def _curve(name: str, measured: Mapping[str, Any], tensors: Mapping[str, Tensor]
     order, gains = tensors.get(f"order/{name}"), measured["gains"][name]
     by_width = None if gains is None else {int(width): gain for width, gain in gains.items()}
     order = None if order is None else order.long()
-    heads = measured.get("heads", {}).get(name)  # files of before heads could go lack it
+    heads = measured["heads"][name]
     by_heads = None if heads is None else {n: tensors[f"errors of {n} heads/{name}"] for n in heads}
     removed = measured["removed"][name]
     return ErrorCurve(tensors[f"errors/{name}"], by_width, order, removed, by_heads)

@@ -49,8 +49,8 @@ class ErrorCurve:
         removed: relative squared error of the denoiser's output when the group's layer puts out
             its mean (0 for queries and keys, which then do not matter); None if it cannot, or was
             not measured.
-        by_heads: heads that stay -> errors as above, for the fewer heads of an attention layer that
-            may be worth their while; None where nobody looked. Gains are those of all heads.
+        by_heads: heads that stay -> errors as above, for as few heads of an attention layer as may
+            ever be worth their while; None where nobody looked. Gains are those of all heads.
     """
 
     errors: Tensor = field(repr=False)

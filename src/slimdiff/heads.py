@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from slimdiff import decompose
-from slimdiff.bundles import Allocation, pays, sizes_of
+from slimdiff.bundles import Allocation, sizes_of
 from slimdiff.config import Recipe, recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.decompose import QueryKey
@@ -43,7 +43,7 @@ def measure_heads(
     keep: Callable[[Mapping[str, ErrorCurve]], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, ErrorCurve]:
-    """The curves, with errors by heads for the layers where fewer heads may lose less.
+    """The curves, with errors by heads for the layers where heads may go.
 
     It takes weights and statistics, but no call of the denoiser. Layers that were looked at before
     are left alone; `keep` is called with all curves if there was any other, and `progress` with
@@ -73,15 +73,13 @@ def _by_heads(
 ) -> dict[str, ErrorCurve]:
     """The curves of one layer's halves, with errors by heads.
 
-    Heads go as long as that pays at some width, and no more than lose, at full width, what all
-    heads lose at the least width.
+    No more heads go than lose, at full width, what all heads lose at the least width.
     """
     query, value = curves[qk.name], curves[vo.name]
     weight, moment, damping = output_moment(denoiser, vo, statistics, recipe)
     least = sizes_of(vo, Allocation.multiple)[0]
-    every = [query.at(width) + value.at(width) for width in range(vo.width + 1)]
     gain = value.gain_at(vo.width)
-    largest = every[least] / gain if gain > 0 else math.inf
+    largest = (query.at(least) + value.at(least)) / gain if gain > 0 else math.inf
     order, lost = decompose.head_order(weight, moment, vo.heads, damping=damping, largest=largest)
     queries: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
@@ -91,17 +89,6 @@ def _by_heads(
         errors = decompose.head_errors(logits, weight, moment, damping)
     for heads in range(vo.heads - 1, vo.heads - len(lost), -1):
         queries[heads], values[heads] = (found.cpu() for found in errors.of(order[:heads]))
-        pair = replace(query, by_heads=queries), replace(value, by_heads=values)
-        if not any(
-            pays(
-                sum(curve.at(width, heads) for curve in pair),
-                every,
-                max(least, heads * width / vo.heads),
-            )
-            for width in range(least, vo.width + 1)
-        ):
-            del queries[heads], values[heads]
-            break
     order = order.cpu()
     return {
         qk.name: replace(query, by_heads=queries, order=order),

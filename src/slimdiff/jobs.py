@@ -21,7 +21,8 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
 from slimdiff.plan import Plan
-from slimdiff.planning import least_nanoseconds, make_plan
+from slimdiff.planning import make_plan
+from slimdiff.prices import least_nanoseconds
 from slimdiff.probing import Probed
 from slimdiff.profiling import profile
 from slimdiff.statistics import Statistics
@@ -103,7 +104,7 @@ def as_fast(
             lambda limit: job.plan(profile=times, limit=limit),
             lambda plan: timed(job.denoiser, job.groups, plan, call),
             dense,
-            least_nanoseconds(job.groups, job.recipe, job.settings, times),
+            least_nanoseconds(job.groups, job.recipe, job.settings, job.curves, times),
             dense / job.budget.limit(dense),
         )
 

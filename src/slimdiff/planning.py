@@ -10,13 +10,14 @@ from typing import Any
 
 from slimdiff import allocate
 from slimdiff.budget import Budget
-from slimdiff.bundles import Allocation, Bundle, bundles_of, untied_layers, with_fewer_heads
+from slimdiff.bundles import Allocation, Bundle, untied_layers
 from slimdiff.config import Recipe
 from slimdiff.costs import Costs
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.plan import Entry, Plan
+from slimdiff.prices import Prices, ascending, counts, offered, smallest_count, times
 from slimdiff.profile import Profile
 from slimdiff.recipes import importances
 from slimdiff.statistics import Statistics
@@ -50,17 +51,12 @@ def make_plan(
         SlimdiffError: the budget is below what the smallest widths need, or the recipe and the
             allocation do not go together.
     """
-    bundles = bundles_of(groups, recipe, allocation)
     if limit is None and largest_error is None:
         limit = check_budget(groups, costs, budget, recipe, allocation)
-    if allocation.heads and allocation.name == "probed":
-        bundles = [with_fewer_heads(bundle, curves) for bundle in bundles]
-    prices = [_prices(bundle, costs, budget.metric, profile) for bundle in bundles]
-    units = [
-        _unit(bundle, price, curves, statistics, allocation)
-        for bundle, price in zip(bundles, prices, strict=True)
-    ]
+    prices = counts(costs, budget.metric) if profile is None else times(profile)
     total = costs.total(budget.metric) if profile is None else profile.dense_nanoseconds
+    bundles = offered(groups, recipe, allocation, curves, prices)
+    units = [_unit(bundle, prices, curves, statistics, allocation) for bundle in bundles]
     if limit is None:
         assert largest_error is not None
         chosen = allocate.within_error(units, largest_error)
@@ -119,37 +115,6 @@ def refuse_unfit(
         )
 
 
-def least_nanoseconds(
-    groups: Sequence[Group], recipe: Recipe, allocation: Allocation, profile: Profile
-) -> int:
-    """What a call takes at the smallest widths, by the profile."""
-    saved = 0
-    for bundle in bundles_of(groups, recipe, allocation):
-        times = profile.nanoseconds(bundle.groups[0].layer, bundle.widths)
-        saved += times[-1] - times[0]
-    return profile.dense_nanoseconds - saved
-
-
-def smallest_count(
-    groups: Sequence[Group], costs: Costs, metric: str, recipe: Recipe, allocation: Allocation
-) -> int:
-    """What the whole denoiser has at the smallest widths of all heads.
-
-    Where fewer heads may go is known only once curves are.
-    """
-    smallest = costs.total(metric)
-    for bundle in bundles_of(groups, recipe, allocation):
-        least, dense = (
-            sum(
-                costs.groups[group.name].of(metric, bundle.inner(group, size))
-                for group in bundle.groups
-            )
-            for size in (bundle.sizes[0], bundle.sizes[-1])
-        )
-        smallest -= dense - least
-    return smallest
-
-
 def check_budget(
     groups: Sequence[Group], costs: Costs, budget: Budget, recipe: Recipe, allocation: Allocation
 ) -> int:
@@ -181,19 +146,9 @@ def _advice(budget: Budget, removable: int) -> str:
     return "ask for at least that"
 
 
-def _prices(bundle: Bundle, costs: Costs, metric: str, profile: Profile | None) -> list[int]:
-    """What each size costs: a count, or nanoseconds."""
-    if profile is not None:
-        return profile.nanoseconds(bundle.groups[0].layer, bundle.widths)
-    return [
-        sum(costs.groups[g.name].of(metric, bundle.inner(g, size)) for g in bundle.groups)
-        for size in bundle.sizes
-    ]
-
-
 def _unit(
     bundle: Bundle,
-    prices: list[int],
+    prices: Prices,
     curves: Mapping[str, ErrorCurve],
     statistics: Statistics,
     allocation: Allocation,
@@ -202,7 +157,7 @@ def _unit(
     return allocate.Unit(
         name=groups[0].layer,
         sizes=[size.inner for size in bundle.sizes],
-        costs=prices,
+        costs=ascending([prices(bundle, size) for size in bundle.sizes]),
         errors=[bundle.error(size, curves) for size in bundle.sizes]
         if allocation.name == "probed"
         else (),

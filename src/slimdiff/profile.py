@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -21,38 +21,40 @@ class Profile:
         machine: what they were measured on: device, threads, dtype, shapes of the inputs.
         seconds: of one call of the dense denoiser.
         layers: layer path -> width -> seconds of the layer; the largest width is the dense one.
+        fixed: layer path -> seconds that stay however few heads there are, for the attention layers
+            where some may go.
     """
 
     machine: dict[str, Any]
     seconds: float
     layers: dict[str, dict[int, float]]
+    fixed: dict[str, float] = field(default_factory=dict)
 
     @property
     def dense_nanoseconds(self) -> int:
         """Of one call of the dense denoiser."""
         return round(1e9 * self.seconds)
 
-    def of(self, layer: str, width: float) -> float:
-        """Seconds of a layer at any width, interpolated between those that were timed."""
+    def of(self, layer: str, width: int, share: float = 1.0) -> float:
+        """Seconds of a layer at any width, interpolated between those that were timed.
+
+        A narrower layer counts as no slower: where one was, it takes what the wider one does.
+
+        Args:
+            layer: its path.
+            width: channels per head, hidden units, channels or rank.
+            share: of the heads; time falls with them, in a straight line, to what is fixed.
+        """
         times = self.layers[layer]
         widths = sorted(times)
-        width = min(width, widths[-1])
-        if width <= widths[0]:
-            return times[widths[0]]
+        width = min(max(width, widths[0]), widths[-1])
         right = next(i for i, w in enumerate(widths) if w >= width)
-        a, b = widths[right - 1], widths[right]
-        return times[a] + (times[b] - times[a]) * (width - a) / (b - a)
-
-    def nanoseconds(self, layer: str, widths: Sequence[float]) -> list[int]:
-        """Times at ascending widths, made strictly ascending: a narrower layer counts as no slower.
-
-        A narrow width that is slower than a wide one costs what the wide one costs, less 1 ns for
-        each step.
-        """
-        times = [round(1e9 * self.of(layer, width)) for width in widths]
-        for i in range(len(times) - 2, -1, -1):
-            times[i] = min(times[i], times[i + 1] - 1)
-        return times
+        seconds = least = min(times[w] for w in widths[right:])
+        if widths[right] > width:
+            a, b = widths[right - 1], widths[right]
+            seconds += (min(times[a], least) - least) * (b - width) / (b - a)
+        fixed = min(self.fixed.get(layer, seconds), seconds)
+        return fixed + share * (seconds - fixed)
 
 
 def digest(machine: Mapping[str, Any]) -> str:
@@ -72,7 +74,8 @@ def read(path: Path | None, machine: Mapping[str, Any]) -> Profile | None:
             layer: {int(width): float(s) for width, s in times.items()}
             for layer, times in data["layers"].items()
         }
-        return Profile(data["machine"], float(data["seconds"]), layers)
+        fixed = {layer: float(seconds) for layer, seconds in data["fixed"].items()}
+        return Profile(data["machine"], float(data["seconds"]), layers, fixed)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -1,8 +1,8 @@
 """Profiling: layers timed at several widths on the machine at hand.
 
-Each layer runs alone, on inputs that it really gets, at several widths in turn. Layers of the same
-shape are timed once. The denoiser's time under a plan is then its measured dense time less what
-its layers save.
+Each layer runs alone, on inputs that it really gets, at several widths in turn, and with half of
+its heads where heads may go. Layers of the same shape are timed once. The denoiser's time under a
+plan is then its measured dense time less what its layers save.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.bundles import sizes_of
+from slimdiff.bundles import Size, sizes_of
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import LAYERS, Group
+from slimdiff.heads import halves_of
 from slimdiff.plan import Entry
 from slimdiff.profile import Profile, digest, read, write
 from slimdiff.removal import removable_layers
@@ -98,30 +99,43 @@ def _measured(
     dense = calling(denoiser, (), call)
     runs = enough_runs(seconds_of(dense, device))
     whole = interleaved({"dense": dense}, runs=runs, device=device)
-    may_go = removable_layers(denoiser, [g for own in layers.values() for g in own])
-    known: dict[str, dict[int, float]] = {}
-    times: dict[str, dict[int, float]] = {}
+    every = [group for own in layers.values() for group in own]
+    may_go = removable_layers(denoiser, every)
+    by_heads = {group.layer for group, _ in halves_of(every)}
+    known: dict[str, dict[Size, float]] = {}
+    found = Profile(machine, whole["dense"].median, {})
     for done, (layer, groups) in enumerate(layers.items(), start=1):
         args, kwargs = inputs.pop(layer)
         module = denoiser.get_submodule(layer)
         alike = f"{_signature(module, groups, args, kwargs)} {layer in may_go}"
         if alike not in known:
-            widths = _widths(groups[0], multiple, layer in may_go)
+            sizes = _sizes(groups[0], multiple, layer in may_go, layer in by_heads)
             calls = {
-                str(width): calling(_at_width(module, layer, groups, width), args, kwargs)
-                for width in widths
+                str(size): calling(_at_size(module, layer, groups, size), args, kwargs)
+                for size in sizes
             }
-            runs = enough_runs(seconds_of(calls[str(widths[-1])], device), total=0.3)
+            runs = enough_runs(seconds_of(calls[str(sizes[-1])], device), total=0.3)
             timed = interleaved(calls, runs=runs, device=device)
-            known[alike] = {width: timed[str(width)].median for width in widths}
-        times[layer] = known[alike]
+            known[alike] = {size: timed[str(size)].median for size in sizes}
+        heads = groups[0].heads
+        found.layers[layer] = {s.width: t for s, t in known[alike].items() if s.heads == heads}
+        for size, seconds in known[alike].items():
+            if size.heads < heads:
+                found.fixed[layer] = _fixed(
+                    found.of(layer, size.width), seconds, size.heads / heads
+                )
         if progress is not None:
             progress("profile", done, len(layers))
-    return Profile(machine, whole["dense"].median, times)
+    return found
 
 
-def _at_width(module: nn.Module, layer: str, groups: Sequence[Group], width: int) -> nn.Module:
-    entries = {g.name: Entry(g.kind, width, g.width, g.heads, g.heads) for g in groups}
+def _fixed(every: float, fewer: float, share: float) -> float:
+    """Seconds without any head, from those with all and with a share: a straight line."""
+    return min(max(0.0, (fewer - share * every) / (1 - share)), every)
+
+
+def _at_size(module: nn.Module, layer: str, groups: Sequence[Group], size: Size) -> nn.Module:
+    entries = {g.name: Entry(g.kind, size.width, g.width, size.heads, g.heads) for g in groups}
     own = [_relative(group, layer) for group in groups]
     return narrowed(module, slim_config(module, own, entries))
 
@@ -137,12 +151,18 @@ def _relative(group: Group, layer: str) -> Group:
     return replace(group, layer="", block="", paths=paths, columns=columns)
 
 
-def _widths(group: Group, multiple: int, may_go: bool) -> list[int]:
-    """At most `WIDTHS` of the allowed widths, evenly spread, with both ends; 0 if it may go."""
+def _sizes(group: Group, multiple: int, may_go: bool, by_heads: bool) -> list[Size]:
+    """What is timed; the dense size is the last.
+
+    At most `WIDTHS` of the allowed widths, evenly spread, with both ends; 0 if the layer may go; if
+    heads may, half of them at the middle one of these widths.
+    """
     sizes = sizes_of(group, multiple)
     count = min(WIDTHS, len(sizes))
-    chosen = {sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)}
-    return sorted(chosen | ({0} if may_go else set()))
+    chosen = sorted({sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)})
+    fewer = [Size(chosen[len(chosen) // 2], group.heads // 2)] if by_heads else []
+    widths = [0, *chosen] if may_go else chosen
+    return [*fewer, *(Size(width, group.heads) for width in widths)]
 
 
 def _inputs_of(

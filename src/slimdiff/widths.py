@@ -20,7 +20,8 @@ from slimdiff.frontier import Frontier, frontier
 from slimdiff.heads import measure_heads
 from slimdiff.jobs import Job, as_fast, as_good, best_of
 from slimdiff.plan import Plan
-from slimdiff.planning import refuse_unfit, smallest_count
+from slimdiff.planning import refuse_unfit
+from slimdiff.prices import smallest_count
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]

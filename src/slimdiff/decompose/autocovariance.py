@@ -64,6 +64,20 @@ def unfolded_moment(lags_lcc: Tensor, rows_r: Tensor, columns_k: Tensor) -> Tens
     return moment.view(9 * len(rows_r), 9 * len(columns_k))
 
 
+def unfolded_product(weight_ocyx: Tensor, lags_lcc: Tensor, columns_k: Tensor) -> Tensor:
+    """W C (o, 9 k): a kernel times the moment between the taps of all channels and those of some.
+
+    C is `unfolded_moment` of all channels and `columns_k`, which is not formed.
+    """
+    taps_soc = weight_ocyx.flatten(2).permute(2, 0, 1).contiguous()
+    result_okt = weight_ocyx.new_zeros(len(weight_ocyx), len(columns_k), 9)
+    for t, (ty, tx) in enumerate(TAPS):
+        for s, (sy, sx) in enumerate(TAPS):
+            covariance_ck = autocovariance(lags_lcc, ty - sy, tx - sx)[:, columns_k]
+            result_okt[:, :, t] += taps_soc[s] @ covariance_ck
+    return result_okt.flatten(1)
+
+
 def spectral_moment(lags_lcc: Tensor) -> Tensor:
     """Moments (w, c, c), complex, of the nine taps' Fourier transform, frequency by frequency.
 

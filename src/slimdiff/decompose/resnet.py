@@ -19,6 +19,7 @@ from slimdiff.decompose.autocovariance import (
     spectral_moment,
     spectral_weight,
     unfolded_moment,
+    unfolded_product,
 )
 from slimdiff.decompose.block_elimination import block_elimination
 from slimdiff.decompose.decomposition import Decomposition
@@ -76,15 +77,14 @@ class ResNetChannels(Decomposition):
         """W' = (W C)_S C_SS^-1 with C the damped moment of the unfolded input."""
         lags_lcc = self.lags_lcc.double()
         scale = float(lags_lcc[0].diagonal().mean())
-        every_c = torch.arange(lags_lcc.shape[-1], device=lags_lcc.device)
-        w_of = self.weight_ocyx.double().flatten(1)
-        target_ok = w_of @ unfolded_moment(lags_lcc, every_c, kept_s)
-        target_ok += self.damping * scale * self.weight_ocyx[:, kept_s].double().flatten(1)
+        w_ocyx = self.weight_ocyx.double()
+        target_ok = unfolded_product(w_ocyx, lags_lcc, kept_s)
+        target_ok += self.damping * scale * w_ocyx[:, kept_s].flatten(1)
         l_kk, _ = raised_factor(
             lambda: unfolded_moment(lags_lcc, kept_s, kept_s), scale, self.damping
         )
         w_ok = torch.cholesky_solve(target_ok.mT, l_kk).mT
-        return w_ok.reshape(len(w_of), len(kept_s), 3, 3).contiguous()
+        return w_ok.reshape(len(w_ocyx), len(kept_s), 3, 3).contiguous()
 
 
 def resnet_channels(
