@@ -40,7 +40,7 @@ class Pipes:
     """The pipelines by name, each made when it is asked for."""
 
     def __init__(self, work: Path) -> None:
-        self.trial, self.work = Trial(Size(images=1, errors=1, runs=5)), work / "many"
+        self.trial, self.work = Trial(Size(images=1, errors=TIMED_ROWS // 2, runs=5)), work / "many"
         self.texts = prompts("calibration", CALIBRATION)
         self.make: dict[str, Callable[[], Any]] = {
             "dense": lambda: self.trial.dense,
