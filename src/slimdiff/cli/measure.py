@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,8 @@ and sampling reuses what was recorded: pass it the folder that is named at the e
 
 PROFILE = """How long each layer takes at each width, on this machine.
 
-Layers run alone, on the inputs that one image gives them, at several widths in turn.
+Layers run alone, on the inputs that one image gives them, at several widths in turn; attention also
+with half of its heads, where heads may go.
 
 **Examples**
 
@@ -150,17 +152,21 @@ def profile(
     with console.Bars() as bars:
         found = measure(denoiser, groups, first_call(pipe), progress=bars)
     if as_json:
-        console.out().print_json(
-            json.dumps({"machine": found.machine, "seconds": found.seconds, "layers": found.layers})
-        )
+        console.out().print_json(json.dumps(asdict(found)))
         return
     shown = console.table(
         f"one call: {1000 * found.seconds:.1f} ms, {found.machine['dtype']}, "
         f"{found.machine['threads']} threads",
-        {"layer": "left", "dense, ms": "right", "ms at width": "left"},
+        {
+            "layer": "left",
+            "dense, ms": "right",
+            "ms at width": "left",
+            "with half the heads": "right",
+        },
     )
     for layer, times in found.layers.items():
         dense = max(times)
         narrower = ", ".join(f"{w}: {1000 * times[w]:.2f}" for w in sorted(times) if w != dense)
-        shown.add_row(layer, f"{1000 * times[dense]:.2f}", narrower)
+        halved = f"{1000 * found.of(layer, dense, 0.5):.2f}" if layer in found.fixed else ""
+        shown.add_row(layer, f"{1000 * times[dense]:.2f}", narrower, halved)
     console.out().print(shown)

@@ -186,7 +186,7 @@ def refit_curve(w_on: Tensor, l_nn: Tensor) -> Tensor:
     With L L^T = E[x x^T], what the first k entries cannot predict of W x has the energy of
     columns k, k + 1, ... of W L.
     """
-    return tail_sums((w_on @ l_nn).square().sum(-2))
+    return tail_sums(torch.linalg.vector_norm(w_on @ l_nn, dim=-2).square())
 
 
 def truncation_curve(w_on: Tensor, c_nn: Tensor) -> Tensor:
