@@ -106,7 +106,7 @@ def main() -> None:
             "macs_allow": allowed,
             "share_reached": again.speedup / allowed,
             "heads_removed": found.figures.get("heads_removed", 0),
-            "predicted_error": found.figures.get("predicted_error"),
+            "heads": sum(group.heads for group in groups if group.kind == "value_output"),
         }
 
     rows = []
@@ -117,8 +117,9 @@ def main() -> None:
             rows.append({"wanted": wanted, "unavailable": str(error)})
         print(rows[-1], flush=True)
     name = str(shape.dtype).removeprefix("torch.")
+    how = f"{options.allocation}{'-all-heads' if options.all_heads else ''}"
     write(
-        f"faster-{options.model}-{name}",
+        f"faster-{options.model}-{name}-{how}",
         {
             "model": options.model,
             "dtype": name,

@@ -99,18 +99,19 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
         [
             result["model"],
             f"{result['dtype']}, {result['latents']} by {result['latents']}",
-            result.get("allocation", "uniform"),
+            f"{result['allocation']}{', all heads' if result['all_heads'] else ''}",
             f"{row['wanted']}",
             *(
                 [
                     f"{row['speedup']:.2f}",
                     f"{row['dense_seconds']:.2f} s to {row['slim_seconds']:.2f} s",
                     f"{result['params'] / 1e6:.0f} M to {row['params'] / 1e6:.0f} M",
+                    f"{row['heads_removed']} of {row['heads']}" if row["heads_removed"] else "",
                     f"{row['macs'] / result['macs']:.0%}",
                     f"{row['share_reached']:.0%}",
                 ]
                 if "speedup" in row
-                else [row["unavailable"], "", "", "", ""]
+                else [row["unavailable"], "", "", "", "", ""]
             ),
         ]
         for result in results
@@ -124,6 +125,7 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
         "measured",
         "one call",
         "parameters",
+        "heads gone",
         "MACs left",
         "of what the MACs allow",
     )
@@ -134,8 +136,8 @@ def faster(results: Sequence[dict[str, Any]]) -> str:
     )
     return (
         "## Speed that was asked for\n\nRandom weights; ResNets, attention and feed-forward, as "
-        "much of them as the time allows: as their error curves say (probed), or all with the same "
-        "share of their widths (uniform). Dense and slim calls at batch 1, interleaved, apart from "
-        "the search.\n\n"
+        "much of them as the time allows: as their error curves say (probed; no layer goes wholly),"
+        " or all with the same share of their widths and all heads (uniform). Dense and slim calls "
+        "at batch 1, interleaved, apart from the search.\n\n"
         f"{table(head, rows)}\n\n{commands}\n"
     )

@@ -101,7 +101,7 @@ class Statistics:
                 f"{name}: no tokens were recorded; run the denoiser inside slimdiff.record(), or "
                 f"calibrate with at least one prompt"
             )
-        return self.sums[name].double() / self.weights[name]
+        return self.sums[name].to(torch.float64, copy=True).div_(self.weights[name])
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse statistics of another model.
