@@ -6,7 +6,7 @@ from typing import Any
 
 from rendering import table
 
-KINDS = ("query_key", "value_output", "feed_forward", "resnet", "modulation")
+KINDS = ("query_key", "value_output", "feed_forward", "resnet", "modulation", "projection")
 
 
 def families(result: dict[str, Any]) -> str:
@@ -33,6 +33,7 @@ def families(result: dict[str, Any]) -> str:
         "feed-forward",
         "ResNets",
         "modulation",
+        "projection",
         *(f"MACs at {share:.0%}" for share in result["settings"]["shares"]),
     )
     return table(head, rows)

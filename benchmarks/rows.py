@@ -24,6 +24,8 @@ RECIPES = (
 )
 WHOLE, SPEEDUPS = (0.35, 0.50), (1.5,)
 LAYERS = ("attention", "feed_forward", "resnet")
+WITH_AND_WITHOUT = ((None, ""), (LAYERS, ", no projections"))
+"""All layers that slimdiff narrows, and those that the peer does too."""
 HEADLINE = "41% slimdiff probed"
 
 Made = dict[str, Any]
@@ -68,14 +70,16 @@ def rows_by_macs(bench: Bench) -> Iterator[Row]:
 
 
 def rows_of_the_whole(bench: Bench) -> Iterator[Row]:
-    """ResNets too: shares of all parameters removed, and a measured speed-up."""
+    """ResNets too: shares of all parameters removed, with projections and without."""
     total = costs.parameters(bench.pipe.unet)
     for share in WHOLE[-1:] if bench.quick else WHOLE:
         remove, count = int(share * total), bench.size.images
         labels = {"group": f"{share:.0%} of the whole UNet removed"}
         many = bench.many if share == WHOLE[-1] else count
         budget = slimdiff.Budget(remove=remove)
-        yield _recipe(bench, f"whole {share:.0%} slimdiff", labels, budget, many, layers=None)
+        for layers, note in WITH_AND_WITHOUT:
+            name = f"whole {share:.0%} slimdiff{note}"
+            yield _recipe(bench, name, labels, budget, many, layers=layers, note=note)
         yield _peer(
             bench,
             f"whole {share:.0%} obs-diff",
@@ -162,10 +166,11 @@ def _recipe(
     recipe: str = "slimdiff",
     allocation: str = "probed",
     layers: tuple[str, ...] | None = TRANSFORMER,
+    note: str = "",
 ) -> Row:
     return Row(
         name,
-        labels | {"method": f"{recipe}, {allocation}", "origin": "slimdiff"},
+        labels | {"method": f"{recipe}, {allocation}{note}", "origin": "slimdiff"},
         lambda: bench.recipe(recipe, allocation, budget, layers=layers),
         lambda made: bench.measured(made, count),
     )

@@ -11,7 +11,16 @@ from typing import Any
 
 from evidence_tables import evidence, headline, whole
 from family_tables import families, kept
-from further_tables import chosen, halfway, low_memory, many, refinements, removal, transformer
+from further_tables import (
+    chosen,
+    halfway,
+    low_memory,
+    many,
+    refinements,
+    removal,
+    rest,
+    transformer,
+)
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -90,6 +99,7 @@ def half(result: dict[str, Any]) -> str:
 
 OTHERS = {
     "many": many,
+    "rest": rest,
     "removal": removal,
     "refinements": refinements,
     "halfway": halfway,

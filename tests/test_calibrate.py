@@ -51,7 +51,7 @@ def same(a: Statistics, b: Statistics) -> bool:
 def test_records_both_guidance_halves_of_every_step(pipe: Any) -> None:
     statistics = slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG)
     assert (statistics.calls, statistics.batches) == (4, 2)
-    group = slimdiff.groups_of(pipe.unet)[0]
+    group = next(g for g in slimdiff.groups_of(pipe.unet) if g.kind == "query_key")
     keys = f"{group.layer}/q"
     tokens = statistics.weights[keys] / statistics.calls
     side = pipe.unet.config.sample_size
@@ -180,7 +180,7 @@ def test_edited_plan_is_used_as_given() -> None:
 )
 def test_plans_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
     pipe = tiny_pipeline()
-    group = slimdiff.groups_of(pipe.unet)[0]
+    group = next(g for g in slimdiff.groups_of(pipe.unet) if g.kind == "query_key")
     fields = {"width": 4, "dense_width": group.width, "heads": group.heads} | change
     entry = slimdiff.Entry(group.kind, dense_heads=group.heads, **fields)
     plan = slimdiff.Plan("UNet2DConditionModel", "slimdiff", {group.name: entry})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import slimdiff
 from slimdiff import costs as costs_
 from slimdiff.composition import composed_maps
-from slimdiff.groups import LAYERS, Group, stem
+from slimdiff.groups import FACTORED, LAYERS, Group, stem
 from slimdiff.profiling import profile
 from slimdiff.removal import removable_layers
 from test_contract import CASES, NOT_OF_ITS_CONFIG, Case, case, outputs
@@ -92,7 +92,7 @@ def assert_maps_lead_to_the_weights(case: Case, slim: nn.Module) -> None:
         }
         entry = record.plan.entries.get(group.name)
         narrow = entry is not None and not entry.is_full
-        assert bool(roles) == (narrow and group.kind != "modulation")
+        assert bool(roles) == (narrow and group.kind not in FACTORED)
         original = next(g for g in case.groups if g.name == group.name)
         for role in group.paths if roles else ():
             want, got = (weight(case.model, original, role), weight(slim, group, role))

@@ -72,13 +72,14 @@ def test_every_group_names_layers_and_sees_its_inputs(case: Case) -> None:
         "feed_forward": "h",
         "resnet": "lags",
         "modulation": "x",
+        "projection": "y",
     }
     assert {"value_output", "feed_forward"} <= {group.kind for group in case.groups} <= set(names)
     assert_shared_inputs_are_equal(case)
     for group in case.groups:
         for path in group.paths.values():
             layer = case.model.get_submodule(path)
-            convolves = group.kind == "resnet" or "depth" in group.paths
+            convolves = group.kind in ("resnet", "projection") or "depth" in group.paths
             assert isinstance(layer, nn.Linear) or convolves
         for what in names[group.kind].split():
             assert case.statistics.weights[f"{group.source or group.layer}/{what}"] > 0

@@ -125,6 +125,14 @@ def test_profile_times_every_layer_once_per_machine(model, tmp_path: Path):
     assert set(again.layers) == set(found.layers) and again != found
 
 
+@pytest.mark.parametrize("name", ["dit", "sd3", "sdxl"])
+def test_profiling_leaves_the_dense_weights_alone(name: str):
+    denoiser, inputs = TINY_MODELS[name]()
+    before = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    profiling.profile(denoiser, slimdiff.groups_of(denoiser), inputs[0])
+    assert all(torch.equal(value, before[key]) for key, value in denoiser.state_dict().items())
+
+
 def test_narrowed_denoiser_has_the_plans_shapes_and_shares_the_rest(model):
     unet, statistics, curves = model
     plan = slimdiff.allocate(unet, statistics, slimdiff.Budget(params=0.8), curves=curves)

@@ -110,12 +110,12 @@ def test_kinds_have_colours_of_their_own_and_new_ones_the_next():
     found = compressed()
     page = render(found)
     assert "ResNet channels" in page and "var(--kind-3)" in page
-    assert "var(--kind-5)" not in page.split("</style>")[1]
+    assert "var(--kind-6)" not in page.split("</style>")[1]
     for group in found["groups"]:
         if group["kind"] == "resnet":
             group["kind"] = "state_space"
     page = render(found)
-    assert "state-space" in page and "var(--kind-5)" in page.split("</style>")[1]
+    assert "state-space" in page and "var(--kind-6)" in page.split("</style>")[1]
     assert "ResNet channels" not in page and "var(--kind-3)" not in page.split("</style>")[1]
 
 

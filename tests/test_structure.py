@@ -19,6 +19,7 @@ VOCABULARY = {
     "denoiser",
     "errors",
     "groups",
+    "layers",
     "plan",
     "probes",
     "prompts",

@@ -24,7 +24,8 @@ from peers.job import Job, become_slim, copy_of, entries_of, uniform_sizes, weig
 from slimdiff import decompose
 from slimdiff.decompose.linalg import damped, inverse_of_factored_, refit_coupling
 from slimdiff.decompose.linalg import triangular_factor as factor
-from slimdiff.groups import Group, layer_at
+from slimdiff.groups import Group
+from slimdiff.layers import layer_at
 from slimdiff.plan import Entry, Plan
 from slimdiff.rewrite import put_, slim_weights
 

@@ -73,7 +73,8 @@ class Recipe:
         refit: whether the down projection is refit to the units that stay.
         heads: attention loses whole heads by magnitude instead of width per head.
         allocation: default allocation.
-        layers: what may shrink: `attention`, `feed_forward`, `resnet` and `modulation`.
+        layers: what may shrink: `attention`, `feed_forward`, `resnet`, `modulation` and
+            `projection`.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Recipe:
     refit: bool = True
     heads: bool = False
     allocation: Literal["probed", "entropic", "uniform", "threshold"] = "probed"
-    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet", "modulation")
+    layers: tuple[str, ...] = ("attention", "feed_forward", "resnet", "modulation", "projection")
 
 
 TRANSFORMER = ("attention", "feed_forward")

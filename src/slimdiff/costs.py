@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
-from slimdiff.groups import Given, Group, Integers, Shapes, is_inward, layer_at, weight_of
+from slimdiff.groups import FACTORED, Given, Group, Integers, Shapes, is_inward
+from slimdiff.layers import layer_at, weight_of
 from slimdiff.probes import flatten, nest
 
 
@@ -130,19 +131,18 @@ def _meta_inputs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
 
 
 def _count_rows(denoiser: nn.Module, path: str, rows: dict[str, int]) -> Any:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        count = x[:, 0].numel() if x.ndim == 4 else x.shape[:-1].numel()
+    def hook(_module: nn.Module, _args: tuple, y: Tensor) -> None:
+        count = y[:, 0].numel() if y.ndim == 4 else y.shape[:-1].numel()
         rows[path] = rows.get(path, 0) + count
 
-    return layer_at(denoiser, path).register_forward_pre_hook(hook)
+    return layer_at(denoiser, path).register_forward_hook(hook)
 
 
 def _group_cost(
     denoiser: nn.Module, group: Group, rows: Mapping[str, int], scores: Mapping[str, int]
 ) -> GroupCost:
-    if group.kind == "modulation":
-        return _modulation_cost(denoiser, group, rows)
+    if group.kind in FACTORED:
+        return _factored_cost(denoiser, group, rows)
     params = macs = fixed = 0
     for role, path in group.paths.items():
         own = weight_of(denoiser, group, role).numel() // group.inner
@@ -156,13 +156,17 @@ def _group_cost(
     return GroupCost(params, fixed, macs + scores.get(group.layer, 0))
 
 
-def _modulation_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
-    """Of rank r, a linear of o outputs and i inputs holds r (o + i) numbers instead of o i."""
-    linear, path = layer_at(denoiser, group.layer), group.layer
-    assert isinstance(linear, nn.Linear)
-    outputs, inputs = linear.out_features, linear.in_features
+def _factored_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
+    """Of rank r, a layer of o outputs and i inputs holds r (o + i) numbers instead of o i.
+
+    The inputs of a convolution are those of all its taps.
+    """
+    layer, path = layer_at(denoiser, group.layer), group.layer
+    projection = getattr(layer, "projection", None)
+    outputs = len(layer.weight)
+    inputs = (layer.weight if projection is None else projection)[0].numel()
     per_rank, vectors = outputs + inputs, rows.get(path, 0)
-    fixed = 0 if linear.bias is None else outputs
+    fixed = 0 if layer.bias is None else outputs
     dense = outputs * inputs if group.largest is not None else group.width * per_rank
     return GroupCost(per_rank, fixed, per_rank * vectors, (group.width, dense, dense * vectors))
 

@@ -19,10 +19,11 @@ from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import LAYERS, Group, layer_at, weight_of
+from slimdiff.groups import LAYERS, Group
+from slimdiff.layers import factor_of, factors_of, layer_at, weight_of
 from slimdiff.plan import Entry
 from slimdiff.probing import Probed
-from slimdiff.recipes import Ordered, decompose_group, factor_of
+from slimdiff.recipes import Ordered, decompose_group
 from slimdiff.removal import constant_weights, removable_layers
 from slimdiff.statistics import Statistics
 
@@ -195,15 +196,19 @@ def effective_weights(
     They have the size of those that they stand for, but for factors of a rank of their own.
     """
     if (projection := factor_of(denoiser, group)) is not None:
-        weight = maps["weight"].to(projection.dtype)
-        factors = {"weight": weight, "projection": maps["projection"].to(projection.dtype)}
-        return {f"{group.layer}.{name}": factor for name, factor in factors.items()}
+        given = (maps[name].to(projection.dtype) for name in ("weight", "projection"))
+        pair = factors_of(layer_at(denoiser, group.layer), *given)
+        return {
+            f"{group.layer}.{name}": factor
+            for name, factor in zip(("weight", "projection"), pair, strict=True)
+        }
     role, effective = {
         "query_key": ("k", decompose.effective_key),
         "value_output": ("out", decompose.effective_output),
         "feed_forward": ("down", decompose.effective_down),
         "resnet": ("conv2", decompose.effective_convolution),
-        "modulation": ("linear", decompose.effective_modulation),
+        "modulation": ("linear", decompose.effective_product),
+        "projection": ("linear", decompose.effective_product),
     }[group.kind]
     swapped: dict[str, Tensor] = {}
     for own in group.streams(role):
@@ -211,7 +216,7 @@ def effective_weights(
         dense = weight_of(denoiser, group, own)
         weight = layer.weight.detach().clone()
         weight[:, group.input_columns(own)] = effective(
-            dense.flatten(1) if role == "down" else dense, maps
+            dense.flatten(1) if role in ("down", "linear") else dense, maps
         ).view_as(dense)
         swapped[f"{path}.weight"] = weight
         if role == "k" and layer.bias is not None:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
-Kind = Literal["query_key", "value_output", "feed_forward", "resnet", "modulation"]
+Kind = Literal["query_key", "value_output", "feed_forward", "resnet", "modulation", "projection"]
 
 LAYERS: dict[str, str] = {
     "query_key": "attention",
@@ -20,8 +18,12 @@ LAYERS: dict[str, str] = {
     "feed_forward": "feed_forward",
     "resnet": "resnet",
     "modulation": "modulation",
+    "projection": "projection",
 }
 """What a person calls the layer that a kind of group is part of."""
+
+FACTORED = ("modulation", "projection")
+"""Kinds of group that are one linear or convolution, which becomes two of a rank between them."""
 
 ADDED = "_added"
 """Ends the roles of a joint attention layer's second stream: `q_added`, `out_added`, ..."""
@@ -121,7 +123,17 @@ class Modulation:
     shared: bool = True
 
 
-Spec = Attention | FeedForward | ResNet | Modulation
+@dataclass(frozen=True)
+class Projection:
+    """A linear or convolution from one width of the residual stream to another, or the same.
+
+    An empty `path` stands for the block itself; a block that has no such layer goes without.
+    """
+
+    path: str = ""
+
+
+Spec = Attention | FeedForward | ResNet | Modulation | Projection
 
 
 @dataclass(frozen=True)
@@ -179,13 +191,14 @@ class Group:
 
     Attributes:
         name: path of the layer, with `.qk` or `.vo` for the two halves of an attention layer.
-        kind: `query_key`, `value_output`, `feed_forward`, `resnet` or `modulation`.
-        layer: module path of the attention or feed-forward layer, the ResNet or the modulation.
-        block: module path of the transformer block, or of the ResNet.
+        kind: `query_key`, `value_output`, `feed_forward`, `resnet`, `modulation` or `projection`.
+        layer: module path of the attention or feed-forward layer, the ResNet, the modulation or
+            the projection.
+        block: module path of the transformer block, the ResNet, or the projection itself.
         paths: role -> module path of the linear, convolution or norm.
         heads: attention heads (1 for the others).
         width: present width: channels per head, hidden units, a ResNet's inner channels, or the
-            rank of a modulation.
+            rank of a modulation or projection.
         gated: `up` and `depth` (feed-forward) or `time` (ResNet) have 2 * width rows.
         step: widths are multiples of this: the channels of a norm group (ResNet only).
         columns: role -> the input columns (start, stop) that are the group's, of a shared linear.
@@ -232,19 +245,3 @@ class Group:
     def input_columns(self, role: str) -> slice:
         """Which input columns of a linear are the group's."""
         return slice(*self.columns[role]) if role in self.columns else slice(None)
-
-
-Layer = nn.Linear | nn.Conv2d | nn.GroupNorm
-
-
-def layer_at(denoiser: nn.Module, path: str) -> Layer:
-    """The linear, convolution or norm of a resolved group at `path`."""
-    layer = denoiser.get_submodule(path)
-    assert isinstance(layer, Layer), f"{path}: is a {type(layer).__name__}"
-    return layer
-
-
-def weight_of(denoiser: nn.Module, group: Group, role: str) -> Tensor:
-    """The weight of a role's layer, of a shared linear the group's columns; detached."""
-    weight = layer_at(denoiser, group.paths[role]).weight.detach()
-    return weight[:, group.input_columns(role)] if role in group.columns else weight

@@ -10,6 +10,7 @@ from torch import nn
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.folders import read_json, reading
+from slimdiff.groups import FACTORED
 from slimdiff.plan import Plan, SlimRecord
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -214,7 +215,7 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
             layers = slim["linears"] | slim.get("convolutions", {})
             shapes = [s for p, s in layers.items() if f"{p}.".startswith(f"{name}.")]
             fits = any(entry.width in s for s in shapes) if shapes else entry.is_full
-        elif entry.kind == "modulation":
+        elif entry.kind in FACTORED:
             rank = slim.get("factored", {}).get(name)
             fits = entry.is_full if rank is None else rank == entry.width
         elif entry.kind == "resnet":

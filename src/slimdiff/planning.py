@@ -16,10 +16,10 @@ from slimdiff.costs import Costs
 from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
+from slimdiff.importances import importances
 from slimdiff.plan import Entry, Plan
 from slimdiff.prices import Prices, ascending, counts, offered, smallest_count, times
 from slimdiff.profile import Profile
-from slimdiff.recipes import importances
 from slimdiff.statistics import Statistics
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from slimdiff import decompose
 from slimdiff.config import Recipe
 from slimdiff.decompose import Decomposition, HeadSelection
-from slimdiff.groups import Group, layer_at, weight_of
+from slimdiff.groups import FACTORED, Group
+from slimdiff.importances import head_magnitudes
+from slimdiff.layers import factor_of, layer_at, weight_of
 from slimdiff.plan import Entry
 from slimdiff.statistics import Statistics
 
@@ -159,11 +162,30 @@ def _modulation(
     denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
 ) -> Decomposition | HeadSelection:
     moment = statistics.mean(f"{group.source or group.layer}/x")
-    weight = weight_of(denoiser, group, "linear")
+    return _low_rank(decompose.modulation, denoiser, group, moment)
+
+
+def _projection(
+    denoiser: nn.Module, group: Group, statistics: Statistics, recipe: Recipe, _: Ordered | None
+) -> Decomposition | HeadSelection:
+    name = f"{group.layer}/y"
+    moment = statistics.mean(name)
+    prior = len(moment) / (len(moment) + statistics.weights[name])
+    decomposed = functools.partial(decompose.projection, prior=prior)
+    return _low_rank(decomposed, denoiser, group, moment)
+
+
+def _low_rank(
+    decomposed: Callable[[Tensor, Tensor], decompose.LowRank],
+    denoiser: nn.Module,
+    group: Group,
+    moment: Tensor,
+) -> Decomposition:
+    weight = weight_of(denoiser, group, "linear").flatten(1)
     if (projection := factor_of(denoiser, group)) is None:
-        return decompose.modulation(weight, moment)
+        return decomposed(weight, moment)
     # A product of rank r has nothing to lose beyond it.
-    found = decompose.modulation(weight.double() @ projection.double(), moment)
+    found = decomposed(weight.double() @ projection.double().flatten(1), moment)
     errors = found.errors[: group.width + 1].clone()
     errors[-1] = 0.0
     return replace(found, errors=errors)
@@ -177,8 +199,8 @@ def check_statistics(group: Group, statistics: Statistics, recipe: Recipe) -> No
     """
     inner, per_head = group.heads * group.width, (group.heads, group.width, group.width)
     needed: dict[str, tuple[int, ...]]
-    if group.kind == "modulation":
-        # The moment is of the input, which no width of the group says.
+    if group.kind in FACTORED:
+        # The moment is of the input or output, which no width of the group says.
         return
     if group.kind == "resnet":
         needed = {"lags": (len(decompose.LAGS), inner, inner)}
@@ -201,33 +223,12 @@ DECOMPOSERS: dict[str, Callable[..., Decomposition | HeadSelection]] = {
     "feed_forward": _feed_forward,
     "resnet": _resnet,
     "modulation": _modulation,
+    "projection": _projection,
 }
 
 
-def importances(group: Group, statistics: Statistics) -> Tensor:
-    """Mean |activation| of every head or hidden unit, relative to the layer's largest.
-
-    Shape (heads,) for attention, (units,) for feed-forward, (norm groups,) for a ResNet; float64.
-    """
-    if group.kind == "resnet":
-        energy_c = statistics.mean(f"{group.layer}/lags")[0].diagonal()
-        magnitude = energy_c.view(-1, group.step).mean(1).sqrt()
-    elif group.kind == "modulation":
-        magnitude = statistics.mean(f"{group.source or group.layer}/x_magnitude")
-    elif group.kind == "feed_forward":
-        magnitude = statistics.mean(f"{group.layer}/h_magnitude")
-    else:
-        magnitude = _head_magnitudes(group, statistics)
-    return magnitude / magnitude.max().clamp_min(1e-300)
-
-
 def _whole_heads(group: Group, statistics: Statistics) -> HeadSelection:
-    return decompose.whole_heads(_head_magnitudes(group, statistics))
-
-
-def _head_magnitudes(group: Group, statistics: Statistics) -> Tensor:
-    channels = statistics.mean(f"{group.layer}/z_magnitude")
-    return channels.unflatten(0, (group.heads, group.width)).mean(1)
+    return decompose.whole_heads(head_magnitudes(group, statistics))
 
 
 def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
@@ -235,9 +236,3 @@ def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
     if statistics.sums[name].dtype == torch.float64:
         return decompose.DAMPING
     return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)
-
-
-def factor_of(denoiser: nn.Module, group: Group) -> Tensor | None:
-    """The projection (r, i) of a modulation that was factored already, detached; else None."""
-    projection = getattr(denoiser.get_submodule(group.layer), "projection", None)
-    return projection.detach() if group.kind == "modulation" and projection is not None else None

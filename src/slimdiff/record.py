@@ -191,12 +191,22 @@ def _hook_modulation(recorder: Recorder, denoiser: nn.Module, group: Group) -> l
     return [denoiser.get_submodule(group.layer).register_forward_pre_hook(hook)]
 
 
+def _hook_projection(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:
+    def hook(module: nn.Module, _args: tuple, y: Tensor) -> None:
+        y_bto = y.flatten(2).mT if y.ndim == 4 else y
+        own: Any = module.bias
+        recorder.moment(f"{group.layer}/y", y_bto if own is None else y_bto - own)
+
+    return [denoiser.get_submodule(group.layer).register_forward_hook(hook)]
+
+
 HOOKS: dict[str, Callable[[Recorder, nn.Module, Group], list[Any]]] = {
     "query_key": _hook_query_key,
     "value_output": _hook_value_output,
     "feed_forward": _hook_feed_forward,
     "resnet": _hook_resnet,
     "modulation": _hook_modulation,
+    "projection": _hook_projection,
 }
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups import OUTPUTS, Group, layer_at, stem
+from slimdiff.groups import OUTPUTS, Group, stem
+from slimdiff.layers import layer_at
 from slimdiff.plan import Plan
 from slimdiff.statistics import Statistics
 

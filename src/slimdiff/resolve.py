@@ -17,16 +17,14 @@ from slimdiff.groups import (
     Family,
     FeedForward,
     Group,
+    Kind,
     Modulation,
+    Projection,
     ResNet,
     Shared,
 )
+from slimdiff.layers import FUSED_HINT, convolution_in, linear_in, weighted_in
 
-FUSED_HINT = "call pipe.unfuse_qkv_projections() first"
-ADAPTER_HINT = (
-    "merge or remove adapters first (pipe.fuse_lora() then pipe.unload_lora_weights(), "
-    "pipe.unload_ip_adapter())"
-)
 NATURE = ("unscaled", "tied", "fixed_heads")
 """Said of an attention layer, and of its groups."""
 
@@ -58,7 +56,12 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
             if not _is_removed(block):
                 yield _resnet_group(path, block, layer)
         elif isinstance(layer, Modulation):
-            yield _modulation_group(path, block, layer, spec.output)
+            linear = linear_in(block, layer.path, path)
+            more = {"output": spec.output, "source": "modulation" if layer.shared else ""}
+            yield _factored_group("modulation", f"{path}.{layer.path}", path, linear, **more)
+        elif isinstance(layer, Projection):
+            if (found := _projection(path, block, layer.path)) is not None:
+                yield _factored_group("projection", f"{path}.{layer.path}".rstrip("."), path, found)
         elif (own := _found(block, layer.path)) is None or _is_removed(own):
             continue
         elif isinstance(layer, Attention):
@@ -84,7 +87,7 @@ def _attention_groups(
         raise SlimdiffError(f"{path}: q, k and v are fused into one linear; {FUSED_HINT}")
     paths, columns = _attention_paths(block_path, block, spec)
     linears = {
-        role: _linear(block, own.removeprefix(f"{block_path}."), block_path)
+        role: linear_in(block, own.removeprefix(f"{block_path}."), block_path)
         for role, own in paths.items()
     }
     inner = linears["v"].out_features
@@ -148,7 +151,7 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
     kind: type[nn.Linear] | type[nn.Conv2d] = nn.Linear
     if spec.depth:
         names["depth"], kind = f"{spec.path}.{spec.depth}", nn.Conv2d
-    layers = {role: _weighted(block, name, block_path, kind) for role, name in names.items()}
+    layers = {role: weighted_in(block, name, block_path, kind) for role, name in names.items()}
     rows, units = layers["up"].weight.shape[0], layers["down"].weight.shape[1]
     columns = {}
     if shared:
@@ -174,29 +177,34 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
     )
 
 
-def _modulation_group(block_path: str, block: nn.Module, spec: Modulation, output: int) -> Group:
-    path, linear = f"{block_path}.{spec.path}", _linear(block, spec.path, block_path)
-    rows, columns = linear.out_features, linear.in_features
-    factored = getattr(linear, "projection", None)
-    width = min(rows, columns) if factored is None else len(factored)
+def _factored_group(
+    kind: Kind, path: str, block_path: str, layer: nn.Linear | nn.Conv2d, **more: Any
+) -> Group:
+    projection = getattr(layer, "projection", None)
+    rows = len(layer.weight)
+    columns = (layer.weight if projection is None else projection)[0].numel()
+    width = min(rows, columns) if projection is None else len(projection)
     # The factors hold r (rows + columns) numbers instead of rows * columns.
-    largest = (rows * columns - 1) // (rows + columns) if factored is None else None
-    return Group(
-        path,
-        "modulation",
-        path,
-        block_path,
-        {"linear": path},
-        1,
-        width,
-        output=output,
-        source="modulation" if spec.shared else "",
-        largest=largest,
-    )
+    largest = (rows * columns - 1) // (rows + columns) if projection is None else None
+    paths = {"linear": path}
+    return Group(path, kind, path, block_path, paths, 1, width, largest=largest, **more)
+
+
+def _projection(path: str, block: nn.Module, name: str) -> nn.Linear | nn.Conv2d | None:
+    layer = _found(block, name)
+    if layer is None:
+        return None
+    if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
+        raise SlimdiffError(f"{path}.{name}: is {layer}, expected one group and zero padding")
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    return weighted_in(block, name, path, kind)
 
 
 def _resnet_group(path: str, module: nn.Module, spec: ResNet) -> Group:
-    conv1, conv2 = _convolution(module, spec.conv1, path), _convolution(module, spec.conv2, path)
+    conv1, conv2 = (
+        convolution_in(module, spec.conv1, path),
+        convolution_in(module, spec.conv2, path),
+    )
     norm, channels = getattr(module, spec.norm, None), conv1.out_channels
     if not isinstance(norm, nn.GroupNorm) or {norm.num_channels, conv2.in_channels} != {channels}:
         raise SlimdiffError(
@@ -206,43 +214,12 @@ def _resnet_group(path: str, module: nn.Module, spec: ResNet) -> Group:
     paths = {"conv1": spec.conv1, "norm": spec.norm, "conv2": spec.conv2}
     rows = channels
     if getattr(module, spec.time, None) is not None:
-        paths["time"], rows = spec.time, _linear(module, spec.time, path).out_features
+        paths["time"], rows = spec.time, linear_in(module, spec.time, path).out_features
     if rows not in (channels, 2 * channels):
         raise SlimdiffError(f"{path}.{spec.time}: has {rows} outputs, expected {channels} or twice")
     full = {role: f"{path}.{name}" for role, name in paths.items()}
     step = channels // norm.num_groups
     return Group(path, "resnet", path, path, full, 1, channels, rows == 2 * channels, step)
-
-
-def _convolution(module: nn.Module, name: str, path: str) -> nn.Conv2d:
-    conv = _weighted(module, name, path, nn.Conv2d)
-    assert isinstance(conv, nn.Conv2d)
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
-        raise SlimdiffError(f"{path}.{name}: is {conv}, expected 3 by 3, stride 1, padding 1")
-    return conv
-
-
-def _linear(module: nn.Module, name: str, path: str) -> nn.Linear:
-    linear = _weighted(module, name, path, nn.Linear)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _weighted(
-    module: nn.Module, name: str, path: str, kind: type[nn.Linear] | type[nn.Conv2d]
-) -> nn.Linear | nn.Conv2d:
-    """The linear or convolution at `name` inside the module at `path`."""
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError as error:
-        raise SlimdiffError(f"{path}: has no {name}; {FUSED_HINT}") from error
-    if not isinstance(layer, kind) or not layer.weight.is_floating_point():
-        raise SlimdiffError(
-            f"{path}.{name}: is a {type(layer).__name__}, expected a torch.nn.{kind.__name__} with "
-            f"floating-point weights; {ADAPTER_HINT}"
-        )
-    return layer
 
 
 def _head_width(path: str, features: int, heads: int) -> int:

@@ -13,8 +13,9 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.families import groups_of
-from slimdiff.groups import Group, Layer, layer_at, stem, weight_of
+from slimdiff.groups import FACTORED, Group, stem
 from slimdiff.heads import kept_heads
+from slimdiff.layers import Layer, factors_of, layer_at, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import check_statistics, maps_of
 from slimdiff.removal import check_removed, remove_layers_
@@ -108,7 +109,7 @@ def slim_weights(
     denoiser: nn.Module, group: Group, entry: Entry, maps: Mapping[str, Tensor]
 ) -> Weights:
     """What a group's layers become under `maps`: weight and bias by role, in float64."""
-    if group.kind == "modulation":
+    if group.kind in FACTORED:
         return {"linear": (maps["weight"], None), "projection": (maps["projection"], None)}
     linears = {role: _parameters(denoiser, group, role) for role in group.paths}
     if group.kind == "resnet":
@@ -196,16 +197,17 @@ def _parameters(denoiser: nn.Module, group: Group, role: str) -> tuple[Tensor, T
     return weight, None if bias is None else bias.detach().double()
 
 
-def _factor(linear: Layer, weight: Tensor, projection: Tensor) -> None:
-    """Split a linear into two; its bias stays."""
-    dense = linear.weight
-    linear.weight = _parameter(weight, dense)
-    linear.register_parameter("projection", _parameter(projection, dense))
+def _factor(layer: Layer, weight: Tensor, projection: Tensor) -> None:
+    """Split a linear or convolution into two; its bias stays."""
+    weight, projection = factors_of(layer, weight, projection)
+    dense = layer.weight
+    layer.weight = _parameter(weight, dense)
+    layer.register_parameter("projection", _parameter(projection, dense))
 
 
 def put_(denoiser: nn.Module, group: Group, weights: Weights) -> None:
     """Put the weights of `slim_weights` into the denoiser, in its own dtype."""
-    if group.kind == "modulation":
+    if group.kind in FACTORED:
         _factor(layer_at(denoiser, group.layer), *(weight for weight, _ in weights.values()))
         return
     for role, own in weights.items():

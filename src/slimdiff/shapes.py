@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.groups import LAYERS, OUTPUTS, Group, is_inward, layer_at
+from slimdiff.groups import FACTORED, LAYERS, OUTPUTS, Group, is_inward
+from slimdiff.layers import layer_at
 from slimdiff.plan import Entry
 
 
@@ -31,8 +32,8 @@ def slim_config(
         if group.kind in OUTPUTS and entries[group.name].width == 0
     }
     changed = [group for group in changed if entries[group.name].width]
-    config["factored"] = {g.layer: inner[g.name] for g in changed if g.kind == "modulation"}
-    for group in (group for group in changed if group.kind != "modulation"):
+    config["factored"] = {g.layer: inner[g.name] for g in changed if g.kind in FACTORED}
+    for group in (group for group in changed if group.kind not in FACTORED):
         for role, path in group.paths.items():
             layer = layer_at(denoiser, path)
             if isinstance(layer, nn.GroupNorm):
@@ -73,7 +74,8 @@ def _shared_inputs(groups: Sequence[Group], inner: Mapping[str, int]) -> dict[st
 def joined(earlier: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """The slim config of a denoiser that was slim under `earlier` before it became `config`.
 
-    What went wholly is named in `constants` alone.
+    What went wholly is named in `constants` alone; the shortcut of a ResNet that went stays, and
+    may be factored.
     """
     if not earlier:
         return dict(config)
@@ -85,5 +87,5 @@ def joined(earlier: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict
             continue
         both = {**earlier.get(part, {}), **config.get(part, {})}
         stays = {path: own for path, own in both.items() if not f"{path}.".startswith(gone)}
-        whole[part] = both if part == "constants" else stays
+        whole[part] = both if part in ("constants", "factored") else stays
     return whole

@@ -14,7 +14,7 @@ from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
-from slimdiff.groups import Group, is_inward
+from slimdiff.groups import FACTORED, Group, is_inward
 from slimdiff.prompts import Selection, select
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +133,7 @@ def _sketched(
         return hook
 
     handles = []
-    for group in (group for group in groups if group.kind != "modulation"):
+    for group in (group for group in groups if group.kind not in FACTORED):
         paths = list(group.paths.values())
         inner = [path for role, path in group.paths.items() if not is_inward(role)]
         last = denoiser.get_submodule((inner or paths)[-1])

@@ -9,7 +9,7 @@ that config.json holds under "slimdiff":
      "linears": {"<path of a linear>": [in_features, out_features]},
      "convolutions": {"<path of a convolution>": [in_channels per group, out_channels]},
      "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
-     "factored": {"<path of a linear>": rank},
+     "factored": {"<path of a linear or convolution>": rank},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
      "constants": {"<path of a layer that was removed>": channels}}
 
@@ -24,6 +24,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
     for path, (groups, channels) in slim.get("norms", {}).items():
         _resize_norm(_layer(model, path, nn.GroupNorm), groups, channels)
     for path, rank in slim.get("factored", {}).items():
-        _factor(_layer(model, path, nn.Linear), rank)
+        _factor(_layer(model, path, (nn.Linear, nn.Conv2d)), rank)
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
     for path, channels in slim.get("constants", {}).items():
@@ -167,16 +168,28 @@ class FactoredLinear(nn.Linear):
         return F.linear(F.linear(input, self.projection), self.weight, self.bias)
 
 
-def _factor(linear: Any, rank: int) -> None:
-    outputs, inputs = linear.out_features, linear.in_features
-    linear.__class__ = FactoredLinear
-    if linear.weight.shape == (outputs, rank) and hasattr(linear, "projection"):
+class FactoredConv2d(nn.Conv2d):
+    """A convolution of low rank: `projection` (rank, in, height, width) holds its taps, stride and
+    padding, `weight` (out, rank, 1, 1) goes from the rank to the outputs."""
+
+    projection: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (n, in, height, width) to the rank, and from there to (n, out, ...)."""
+        narrow = F.conv2d(input, self.projection, None, self.stride, self.padding, self.dilation)
+        return F.conv2d(narrow, self.weight, self.bias)
+
+
+def _factor(layer: Any, rank: int) -> None:
+    dense, projection = layer.weight, getattr(layer, "projection", None)
+    layer.__class__ = FactoredConv2d if isinstance(layer, nn.Conv2d) else FactoredLinear
+    taps = (dense if projection is None else projection).shape[1:]
+    if projection is not None and dense.shape[1] == rank:
         return
-    dense = linear.weight
-    linear.weight = _empty_like(dense, (outputs, rank))
-    linear.register_parameter("projection", _empty_like(dense, (rank, inputs)))
-    linear.reset_parameters()
-    nn.init.normal_(linear.projection, std=inputs**-0.5)
+    layer.weight = _empty_like(dense, (len(dense), rank, *[1] * (len(taps) - 1)))
+    layer.register_parameter("projection", _empty_like(dense, (rank, *taps)))
+    nn.init.normal_(layer.weight, std=rank**-0.5)  # the bias stays: others may share it
+    nn.init.normal_(layer.projection, std=math.prod(taps) ** -0.5)
 
 
 def _resize_convolution(conv: nn.Conv2d, inputs: int, outputs: int) -> None:

@@ -55,8 +55,8 @@ Untied = Annotated[
 Layers = Annotated[
     str | None,
     recipe(
-        "What may shrink, separated by commas: attention, feed_forward, resnet, modulation. "
-        "Default: the recipe's own (slimdiff: all).",
+        "What may shrink, separated by commas: attention, feed_forward, resnet, modulation, "
+        "projection. Default: the recipe's own (slimdiff: all).",
         "--layers",
     ),
 ]

@@ -13,9 +13,10 @@ HELP = """Show what can shrink in a pipeline's denoiser or text encoder, and wha
 
 A group is a set of layers that shrink together: the query and key, or the value and output
 projections of an attention layer, the two linears of a feed-forward layer, the inner channels of a
-ResNet, or a modulation. MACs are those of one
-forward at batch 1 and the pipeline's own image size; a plan counts those of the size that it was
-calibrated with. A slim pipeline shows its present widths, and layers that were removed.
+ResNet, a modulation, or a projection of the residual stream (a shortcut, a down- or upsampling
+convolution, the way into and out of a transformer). MACs are those of one forward at batch 1 and
+the pipeline's own image size; a plan counts those of the size that it was calibrated with. A slim
+pipeline shows its present widths, and layers that were removed.
 
 **Examples**
 

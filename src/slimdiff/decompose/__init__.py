@@ -13,8 +13,8 @@ from slimdiff.decompose.effective import (
     effective_down,
     effective_heads,
     effective_key,
-    effective_modulation,
     effective_output,
+    effective_product,
 )
 from slimdiff.decompose.elimination import elimination_order
 from slimdiff.decompose.feed_forward import FeedForward, Order, feed_forward, unit_order
@@ -27,7 +27,7 @@ from slimdiff.decompose.heads import (
     whole_heads,
 )
 from slimdiff.decompose.linalg import DAMPING, definite_damping
-from slimdiff.decompose.modulation import Modulation, modulation
+from slimdiff.decompose.low_rank import LowRank, modulation, projection
 from slimdiff.decompose.resnet import LAG_DAMPING, ResNetChannels, resnet_channels
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "FeedForward",
     "HeadErrors",
     "HeadSelection",
-    "Modulation",
+    "LowRank",
     "Order",
     "QueryKey",
     "ResNetChannels",
@@ -51,12 +51,13 @@ __all__ = [
     "effective_key",
     "effective_output",
     "elimination_order",
-    "effective_modulation",
+    "effective_product",
     "feed_forward",
     "head_errors",
     "head_order",
     "maps_of_heads",
     "modulation",
+    "projection",
     "query_key",
     "resnet_channels",
     "unit_order",

@@ -76,8 +76,8 @@ def effective_convolution(w_conv_ocyx: Tensor, maps: Maps) -> Tensor:
     return result_ocyx.to(w_conv_ocyx.dtype)
 
 
-def effective_modulation(w_oi: Tensor, maps: Maps) -> Tensor:
-    """The weight (o, i) of a modulation under its factors."""
+def effective_product(w_oi: Tensor, maps: Maps) -> Tensor:
+    """The weight (o, i) of a layer under its factors."""
     return (maps["weight"] @ maps["projection"]).to(w_oi.dtype)
 
 

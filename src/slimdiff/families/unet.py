@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimdiff.groups import Attention, Block, Family, FeedForward, ResNet, Shapes
+from slimdiff.groups import Attention, Block, Family, FeedForward, Projection, ResNet, Shapes
 
 
 def inputs(config: Mapping[str, Any]) -> Shapes:
@@ -26,7 +26,9 @@ def inputs(config: Mapping[str, Any]) -> Shapes:
 FAMILY = Family(
     denoiser="UNet2DConditionModel",
     blocks=(
-        Block(r".+\.resnets\.\d+", (ResNet(),)),
+        Block(r".+\.resnets\.\d+", (ResNet(), Projection("conv_shortcut"))),
+        Block(r".+\.(down|up)samplers\.\d+\.conv", (Projection(),)),
+        Block(r".+\.attentions\.\d+\.proj_(in|out)", (Projection(),)),
         Block(
             r".+\.transformer_blocks\.\d+",
             (Attention("attn1"), Attention("attn2"), FeedForward("ff")),

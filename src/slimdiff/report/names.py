@@ -35,6 +35,7 @@ KINDS = {
     "feed_forward": "feed-forward",
     "resnet": "ResNet channels",
     "modulation": "modulation",
+    "projection": "projection",
 }
 REST = "outside the groups"
 REMOVED = "removed"
@@ -43,8 +44,9 @@ UNITS = {  # of a width, where the kind's name does not say it
     "value_output": "channels per head \N{MULTIPLICATION SIGN} heads",
     "feed_forward": "hidden units",
     "modulation": "rank",
+    "projection": "rank",
 }
-KIND_COLOURS = 6
+KIND_COLOURS = 7
 
 
 def figure_name(key: str, figures: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Decomposition of a modulation: the linear that makes shifts, scales and gates of one vector.
+"""Decomposition of one linear or convolution into two, with a rank between them.
 
-Its input is one vector per image and step, so its second moment has few directions, and the linear
-is nearly of low rank where it matters.
+A modulation makes shifts, scales and gates of one vector per image and step: the moment of its
+input has few directions. A projection of the residual stream is known by the moment of its output.
 
 Shape letters: `o` output, `i` input channels, `k` = min(o, i), `r` rank.
 """
@@ -16,7 +16,7 @@ from slimdiff.decompose.linalg import checked_moment, symmetric_root, tail_sums
 
 
 @dataclass(frozen=True, eq=False)
-class Modulation(Decomposition):
+class LowRank(Decomposition):
     """Low-rank factors; `maps` gives "weight" (o, r) and "projection" (r, i).
 
     W' = weight projection. At full width `projection` is missing: nothing is factored.
@@ -33,7 +33,7 @@ class Modulation(Decomposition):
         return {"weight": basis_or, "projection": basis_or.mT @ self.weight_oi}
 
 
-def modulation(weight_oi: Tensor, moment_ii: Tensor) -> Modulation:
+def modulation(weight_oi: Tensor, moment_ii: Tensor) -> LowRank:
     """Minimise E|W x - U U^T W x|^2 over orthonormal U (o, r), for every r at once.
 
     U spans the leading left singular vectors of W M^1/2 (Eckart-Young). Inputs that calibration
@@ -61,4 +61,35 @@ def modulation(weight_oi: Tensor, moment_ii: Tensor) -> Modulation:
         energy_k, left_ok = torch.linalg.eigh(product_oi @ product_oi.mT)
         left_ok = left_ok.flip(-1)
     errors = tail_sums(energy_k.flip(-1).clamp_min(0.0))
-    return Modulation(errors, 0, weight_oi, left_ok[:, :width])
+    return LowRank(errors, 0, weight_oi, left_ok[:, :width])
+
+
+def projection(weight_oi: Tensor, moment_oo: Tensor, prior: float = 0.0) -> LowRank:
+    """Minimise E|y - U U^T y|^2 over orthonormal U (o, r), y = W x, for every r at once.
+
+    U spans the leading eigenvectors of the moment: no map of rank r from x to y has less error,
+    since y is linear in x (reduced-rank regression; Izenman, 1975).
+
+    Args:
+        weight_oi: (o, i) weight of the layer; i counts all taps of a convolution.
+        moment_oo: (o, o) moment of what it puts out, without its bias.
+        prior: share of the moment that white inputs of as much energy would give, W W^T, mixed in:
+            of few samples the moment knows few directions, and the others are not empty.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or `prior` is not within 0 and 1.
+    """
+    if not 0 <= prior <= 1:
+        raise ValueError(f"prior must be within 0 and 1, got {prior}")
+    if weight_oi.ndim != 2 or not torch.isfinite(weight_oi).all():
+        raise ValueError(f"weight_oi must be finite and (o, i), got {tuple(weight_oi.shape)}")
+    outputs, width = weight_oi.shape[0], min(weight_oi.shape)
+    weight_oi, moment_oo = (
+        weight_oi.double(),
+        checked_moment(moment_oo, "moment_oo", (outputs,) * 2),
+    )
+    white_oo = weight_oi @ weight_oi.mT
+    scale = moment_oo.trace() / white_oo.trace().clamp_min(1e-300)
+    energy_o, basis_oo = torch.linalg.eigh(torch.lerp(moment_oo, scale * white_oo, prior))
+    errors = tail_sums(energy_o.flip(-1).clamp_min(0.0)[:width])
+    return LowRank(errors, 0, weight_oi, basis_oo.flip(-1)[:, :width].contiguous())
