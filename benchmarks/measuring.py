@@ -130,7 +130,7 @@ def command() -> str:
     Left out are the folder that things lie in here, and which part of the rows this process took.
     """
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--work", "--only"):
+    for option in ("--work", "--only", "--profiles"):
         ours.add_argument(option)
     ours.add_argument("--backwards", action="store_true")
     script = Path(sys.argv[0]).resolve()

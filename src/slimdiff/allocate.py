@@ -22,7 +22,7 @@ class Unit:
 
     Attributes:
         name: for messages.
-        sizes: inner channels at each allowed size, ascending; the last is the dense one.
+        sizes: inner channels at each allowed size, by cost; the last is the dense one.
         costs: cost at each size, strictly ascending.
         errors: predicted error of the denoiser's output at each size (probed allocation).
         score: influence of the unit's block (entropic allocation).

@@ -54,7 +54,7 @@ class Size(NamedTuple):
 
     @property
     def inner(self) -> int:
-        """Inner channels: of two sizes the one with more of them costs more."""
+        """Inner channels: what parameters and MACs go by."""
         return self.width * self.heads
 
 
@@ -65,7 +65,7 @@ class Bundle:
     Attributes:
         groups: the halves of an attention layer, or one group.
         by_heads: heads keep the width of their group, whatever the size says.
-        sizes: by inner channels, ascending; the last is the dense one.
+        sizes: by width, or by price where there are fewer heads; the last is the dense one.
     """
 
     groups: tuple[Group, ...]
