@@ -126,7 +126,9 @@ def main() -> None:
         starts = range(0, options.prompts, CHUNK)
         spans = [(start, min(start + CHUNK, options.prompts)) for start in starts]
         missing = [span for span in spans if f"{name} {span[0]} to {span[1]}" not in rows.rows]
-        if not missing or not f"{name} ".startswith(options.only):
+        if f"{name} denoiser" in rows.rows and not missing:
+            continue
+        if not f"{name} ".startswith(options.only):
             continue
         pipe = pipes.pipe(name)
         rows.measure(f"{name} denoiser", lambda p=pipe: cost(pipes.trial, p.unet))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimdiff.decompose import effective_product, modulation, projection
+from slimdiff.decompose.low_rank import BALANCE
 
 
 def case(outputs: int, inputs: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +70,10 @@ def test_factors_never_outgrow_the_weight(decomposed):
     weight, x = case(7, 7, 3, 1)
     maps = decomposed(weight, x.T @ x).maps(3)
     norm = torch.linalg.matrix_norm(maps["projection"], 2)
-    assert norm <= torch.linalg.matrix_norm(weight, 2) * (1 + 1e-9)
-    torch.testing.assert_close(maps["weight"].T @ maps["weight"], torch.eye(3).double())
+    assert norm <= torch.linalg.matrix_norm(weight, 2) * BALANCE * (1 + 1e-9)
+    gram = maps["weight"].T @ maps["weight"]
+    torch.testing.assert_close(gram, float(gram[0, 0]) * torch.eye(3).double())
+    assert BALANCE**-2 <= float(gram[0, 0]) * (1 + 1e-9) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,21 @@ from torch import Tensor
 
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.linalg import checked_moment, symmetric_root, tail_sums
+from slimdiff.decompose.mixing import even_mix
+
+
+BALANCE = 1.25
+"""What the second factor, and with it the channels of the rank, may take over from the first one.
+
+Orthonormal columns hold numbers up to twice as large as the weights of some shortcuts."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Decomposition):
     """Low-rank factors; `maps` gives "weight" (o, r) and "projection" (r, i).
 
-    W' = weight projection. At full width `projection` is missing: nothing is factored.
+    W' = weight projection, rotated between them so that no channel of the rank holds far more than
+    another (see `mixing`). At full width `projection` is missing: nothing is factored.
     """
 
     weight_oi: Tensor
@@ -29,8 +37,11 @@ class LowRank(Decomposition):
         return {"weight": self.weight_oi}
 
     def _slim(self, width: int) -> dict[str, Tensor]:
-        basis_or = self.basis_ok[:, :width].contiguous()
-        return {"weight": basis_or, "projection": basis_or.mT @ self.weight_oi}
+        basis_or = self.basis_ok[:, :width] @ even_mix(width, self.basis_ok)
+        projection_ri = basis_or.mT @ self.weight_oi
+        largest, other = basis_or.abs().max(), projection_ri.abs().max().clamp_min(1e-300)
+        share = (largest / other).sqrt().clamp(1.0, BALANCE)
+        return {"weight": basis_or / share, "projection": projection_ri * share}
 
 
 def modulation(weight_oi: Tensor, moment_ii: Tensor) -> LowRank:
