@@ -15,7 +15,6 @@ from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.linalg import checked_moment, symmetric_root, tail_sums
 from slimdiff.decompose.mixing import even_mix
 
-
 BALANCE = 1.25
 """What the second factor, and with it the channels of the rank, may take over from the first one.
 
