@@ -45,6 +45,13 @@ def relative(found: Tensor, dense: Tensor) -> float:
     return float((found - dense).square().sum() / dense.square().sum())
 
 
+def between(layer: Any, x: Tensor) -> Tensor:
+    """What a factored layer hands from its one half to the other."""
+    if layer.weight.ndim == 2:
+        return nn.functional.linear(x, layer.projection)
+    return nn.functional.conv2d(x, layer.projection, None, layer.stride, layer.padding)
+
+
 def ranges(unet: nn.Module, groups: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
     """Group -> largest |weight| and |activation| of its layers."""
     found: dict[str, list[float]] = {group.name: [0.0, 0.0] for group in groups}
@@ -52,10 +59,13 @@ def ranges(unet: nn.Module, groups: Any, calls: list[dict[str, Any]]) -> dict[st
     for group in groups:
         for path in group.paths.values():
             layer = unet.get_submodule(path)
-            found[group.name][0] = max(found[group.name][0], float(layer.weight.abs().max()))
+            weights = [layer.weight, *([layer.projection] if hasattr(layer, "projection") else [])]
+            largest = max(float(weight.detach().abs().max()) for weight in weights)
+            found[group.name][0] = max(found[group.name][0], largest)
 
-            def note(_m: Any, _i: Any, out: Tensor, name: str = group.name) -> None:
-                found[name][1] = max(found[name][1], float(out.abs().max()))
+            def note(m: Any, args: Any, out: Tensor, name: str = group.name) -> None:
+                seen = [out, *([between(m, args[0])] if hasattr(m, "projection") else [])]
+                found[name][1] = max(found[name][1], *(float(x.abs().max()) for x in seen))
 
             handles.append(layer.register_forward_hook(note))
     outputs(unet, calls, torch.float32)
