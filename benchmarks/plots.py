@@ -20,11 +20,16 @@ COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]  # a listed
 
 
 def families(rows: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its rows at rising shares of parameters removed, the dense point first."""
+    """Method -> its rows at rising shares of parameters removed, the dense point first.
+
+    Variants of slimdiff that know fewer layers are left to the table.
+    """
     dense = rows["dense"]
     found: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
         whole = name.startswith("whole")
+        if row["method"].startswith(f"{OURS}, "):
+            continue
         if (whole or row.get("removed")) and "unavailable" not in row:
             found.setdefault(row["method"] + whole * WHOLE, [dense]).append(row)
     return {m: sorted(r, key=lambda row: -row["params"]) for m, r in sorted(found.items())}

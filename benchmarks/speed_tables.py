@@ -43,7 +43,7 @@ def speed(results: Sequence[dict[str, Any]], recordings: Sequence[dict[str, Any]
         ]
         for result in results
     ]
-    recorded = ("UNet", "dtype, latents", "plain call", "recorded", "recording adds")
+    recorded = ("UNet", "dtype, latents", "in a row", "plain call", "recorded", "recording adds")
     all_results = (*results, *recordings)
     commands = "\n".join(f"- {result['model']}: {made_by(result)}" for result in all_results)
     return (
@@ -51,8 +51,10 @@ def speed(results: Sequence[dict[str, Any]], recordings: Sequence[dict[str, Any]
         "feed-forward width removed; medians of interleaved calls at batch 1.\n\n"
         f"{table(head, rows)}\n\nThe slim UNet of the first row saved and loaded.\n\n"
         f"{table(('UNet', 'dtype', 'save', 'load'), more)}\n\nA call at batch 2 with statistics "
-        f"being recorded (float32 sums) against a plain one; many calls in a row, as calibration "
-        f"makes them.\n\n{table(recorded, [_recorded(result) for result in recordings])}\n\n"
+        f"being recorded (float32 sums) against a plain one: calls in a row, as calibration makes "
+        f"them, or each recorded by itself (1), which adds the rows of wide layers to their sums "
+        f"after every call.\n\n"
+        f"{table(recorded, [_recorded(result) for result in recordings])}\n\n"
         f"{commands}\n"
     )
 
@@ -61,6 +63,7 @@ def _recorded(result: dict[str, Any]) -> list[str]:
     return [
         result["model"],
         f"{result['dtype']}, {result['latents']} by {result['latents']}",
+        str(result["calls"]),
         f"{result['plain_seconds']:.2f} s",
         f"{result['recorded_seconds']:.2f} s",
         f"{result['overhead']:.0%}",
