@@ -221,7 +221,7 @@ def many(result: dict[str, Any]) -> str:
     return (
         f"## Many test prompts, on scenes-unet\n\nWhole scenes right, all pipelines under bfloat16"
         f" autocast, after calibration on {result['settings']['calibration_prompts']} prompts. "
-        f"Measured before projections could shrink.\n\n"
+        f"The faster one was made before projections could shrink.\n\n"
         f"{table(columns, cells)}\n\n"
         f"{made_by(result)}\n"
     )
