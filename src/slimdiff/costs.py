@@ -19,7 +19,7 @@ from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.groups import FACTORED, Given, Group, Integers, Shapes, is_inward
-from slimdiff.layers import layer_at, weight_of
+from slimdiff.layers import layer_at, sides_of, weight_of
 from slimdiff.probes import flatten, nest
 
 
@@ -162,9 +162,8 @@ def _factored_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -
     The inputs of a convolution are those of all its taps.
     """
     layer, path = layer_at(denoiser, group.layer), group.layer
-    projection = getattr(layer, "projection", None)
-    outputs = len(layer.weight)
-    inputs = (layer.weight if projection is None else projection)[0].numel()
+    assert not isinstance(layer, nn.GroupNorm)
+    outputs, inputs = sides_of(layer)
     per_rank, vectors = outputs + inputs, rows.get(path, 0)
     fixed = 0 if layer.bias is None else outputs
     dense = outputs * inputs if group.largest is not None else group.width * per_rank

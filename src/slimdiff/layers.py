@@ -23,6 +23,12 @@ def layer_at(denoiser: nn.Module, path: str) -> Layer:
     return layer
 
 
+def sides_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Outputs and inputs, all taps of a convolution counted; factored or not."""
+    inward = getattr(layer, "projection", None)
+    return len(layer.weight), (layer.weight if inward is None else inward)[0].numel()
+
+
 def factors_of(layer: Layer, weight_or: Tensor, projection_ri: Tensor) -> tuple[Tensor, Tensor]:
     """The two factors of a linear or convolution in the shapes that it takes.
 

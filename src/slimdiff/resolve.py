@@ -23,7 +23,7 @@ from slimdiff.groups import (
     ResNet,
     Shared,
 )
-from slimdiff.layers import FUSED_HINT, convolution_in, linear_in, weighted_in
+from slimdiff.layers import FUSED_HINT, convolution_in, linear_in, sides_of, weighted_in
 
 NATURE = ("unscaled", "tied", "fixed_heads")
 """Said of an attention layer, and of its groups."""
@@ -181,8 +181,7 @@ def _factored_group(
     kind: Kind, path: str, block_path: str, layer: nn.Linear | nn.Conv2d, **more: Any
 ) -> Group:
     projection = getattr(layer, "projection", None)
-    rows = len(layer.weight)
-    columns = (layer.weight if projection is None else projection)[0].numel()
+    rows, columns = sides_of(layer)
     width = min(rows, columns) if projection is None else len(projection)
     # The factors hold r (rows + columns) numbers instead of rows * columns.
     largest = (rows * columns - 1) // (rows + columns) if projection is None else None
