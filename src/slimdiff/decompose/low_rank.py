@@ -56,11 +56,9 @@ def modulation(weight_oi: Tensor, moment_ii: Tensor) -> LowRank:
     Raises:
         ValueError: shapes disagree, or a value is not finite.
     """
-    if weight_oi.ndim != 2 or not torch.isfinite(weight_oi).all():
-        raise ValueError(f"weight_oi must be finite and (o, i), got {tuple(weight_oi.shape)}")
+    weight_oi = _checked_weight(weight_oi)
     outputs, inputs = weight_oi.shape
     width = min(outputs, inputs)
-    weight_oi = weight_oi.double()
     root_ii, _ = symmetric_root(checked_moment(moment_ii, "moment_ii", (inputs, inputs)))
     product_oi = weight_oi @ root_ii
     # Eigenvectors of the smaller Gram matrix take the place of a singular value decomposition.
@@ -91,15 +89,18 @@ def projection(weight_oi: Tensor, moment_oo: Tensor, prior: float = 0.0) -> LowR
     """
     if not 0 <= prior <= 1:
         raise ValueError(f"prior must be within 0 and 1, got {prior}")
-    if weight_oi.ndim != 2 or not torch.isfinite(weight_oi).all():
-        raise ValueError(f"weight_oi must be finite and (o, i), got {tuple(weight_oi.shape)}")
+    weight_oi = _checked_weight(weight_oi)
     outputs, width = weight_oi.shape[0], min(weight_oi.shape)
-    weight_oi, moment_oo = (
-        weight_oi.double(),
-        checked_moment(moment_oo, "moment_oo", (outputs,) * 2),
-    )
+    moment_oo = checked_moment(moment_oo, "moment_oo", (outputs, outputs))
     white_oo = weight_oi @ weight_oi.mT
     scale = moment_oo.trace() / white_oo.trace().clamp_min(1e-300)
     energy_o, basis_oo = torch.linalg.eigh(torch.lerp(moment_oo, scale * white_oo, prior))
     errors = tail_sums(energy_o.flip(-1).clamp_min(0.0)[:width])
     return LowRank(errors, 0, weight_oi, basis_oo.flip(-1)[:, :width].contiguous())
+
+
+def _checked_weight(weight_oi: Tensor) -> Tensor:
+    """The weight in float64; refused if it is no finite matrix."""
+    if weight_oi.ndim != 2 or not torch.isfinite(weight_oi).all():
+        raise ValueError(f"weight_oi must be finite and (o, i), got {tuple(weight_oi.shape)}")
+    return weight_oi.double()
