@@ -53,7 +53,7 @@ def speed(results: Sequence[dict[str, Any]], recordings: Sequence[dict[str, Any]
         f"{table(('UNet', 'dtype', 'save', 'load'), more)}\n\nA call at batch 2 with statistics "
         f"being recorded (float32 sums) against a plain one: calls in a row, as calibration makes "
         f"them, or each recorded by itself (1), which adds the rows of wide layers to their sums "
-        f"after every call.\n\n"
+        f"after every call. Rows of 1 are an earlier speed.py's; now `--calls 1` gives them.\n\n"
         f"{table(recorded, [_recorded(result) for result in recordings])}\n\n"
         f"{commands}\n"
     )
