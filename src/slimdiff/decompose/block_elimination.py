@@ -2,10 +2,10 @@
 
 As for hidden units (see `elimination`), with G the inverse moment and H = W^H W under the present
 refit: removing block b costs tr(H_bb G_bb^-1); then G loses G_:b G_bb^-1 G_b:, and W loses
-W_b G_bb^-1 G_b:.
+W_b G_bb^-1 G_b:. Rows and columns of b are zero from then on.
 
 Shape letters: `w` terms of the error, such as frequencies, each with a weight and a moment of its
-own; `c` channels, `m` those that remain, `b` blocks, `e` channels of a block, `o` output channels.
+own; `c` channels, `b` blocks, `e` channels of a block, `o` output channels.
 """
 
 from typing import NamedTuple
@@ -47,33 +47,38 @@ def block_elimination(
             positive definite.
         largest: stop before the error exceeds this.
     """
-    inverse_wmm = _inverse(moment_wcc, damping)
-    gram_wmm = w_woc.mH @ w_woc
+    inverse_wcc = _inverse(moment_wcc, damping)
+    gram_wcc = w_woc.mH @ w_woc
     size = w_woc.shape[-1] // blocks
     left, gone, lost = list(range(blocks)), [], [0.0]
     while len(left) > 1:
-        g_wbee, h_wbee = (_diagonal_blocks(x, size) for x in (inverse_wmm, gram_wmm))
+        g_wbee, h_wbee = (_diagonal_blocks(x, size)[:, left] for x in (inverse_wcc, gram_wcc))
         cost_wb = torch.linalg.solve(g_wbee, h_wbee).diagonal(dim1=-2, dim2=-1).sum(-1).real
         cost_b = share_w @ cost_wb
-        b = int(cost_b.argmin())
-        error = lost[-1] + max(0.0, float(cost_b[b]))
+        cheapest = int(cost_b.argmin())
+        error = lost[-1] + max(0.0, float(cost_b[cheapest]))
         if error > largest:
             break
         lost.append(error)
-        inverse_wmm, gram_wmm = _without(inverse_wmm, gram_wmm, b * size, (b + 1) * size)
-        gone.append(left.pop(b))
+        gone.append(left.pop(cheapest))
+        _remove_(inverse_wcc, gram_wcc, gone[-1] * size, (gone[-1] + 1) * size)
     return Eliminated(torch.tensor(left + gone[::-1], device=w_woc.device), tuple(lost))
 
 
-def _without(inverse: Tensor, gram: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """G and H (w, m, m) when the channels from `start` to `stop` went."""
-    stays = [i for i in range(inverse.shape[-1]) if not start <= i < stop]
-    rows = inverse[:, start:stop][:, :, stays]
-    k = torch.linalg.solve(inverse[:, start:stop, start:stop], rows)
-    cross = gram[:, stays, start:stop] @ k
-    quadratic = k.mH @ gram[:, start:stop, start:stop] @ k
-    inverse = inverse[:, stays][:, :, stays].baddbmm_(rows.mH, k, alpha=-1)
-    return inverse, gram[:, stays][:, :, stays] - cross - cross.mH + quadratic
+def _remove_(inverse_wcc: Tensor, gram_wcc: Tensor, start: int, stop: int) -> None:
+    """Update G and H, in place, when the channels from `start` to `stop` go.
+
+    With K = G_bb^-1 G_b: and A = H_:b - K^H H_bb / 2, H loses A K + K^H A^H.
+    """
+    own = slice(start, stop)
+    rows_wec = inverse_wcc[:, own].clone()
+    k_wec = torch.linalg.solve(inverse_wcc[:, own, own], rows_wec)
+    a_wce = gram_wcc[:, :, own] - k_wec.mH @ gram_wcc[:, own, own] / 2
+    inverse_wcc.baddbmm_(rows_wec.mH, k_wec, alpha=-1)
+    gram_wcc.baddbmm_(torch.cat([a_wce, k_wec.mH], -1), torch.cat([k_wec, a_wce.mH], -2), alpha=-1)
+    for matrix_wcc in (inverse_wcc, gram_wcc):  # rounding alone
+        matrix_wcc[:, own] = 0
+        matrix_wcc[:, :, own] = 0
 
 
 def _inverse(moment_wcc: Tensor, damping: float) -> Tensor:

@@ -186,7 +186,12 @@ def refit_curve(w_on: Tensor, l_nn: Tensor) -> Tensor:
     With L L^T = E[x x^T], what the first k entries cannot predict of W x has the energy of
     columns k, k + 1, ... of W L.
     """
-    return tail_sums(torch.linalg.vector_norm(w_on @ l_nn, dim=-2).square())
+    n = l_nn.shape[-1]
+    energies = [
+        torch.linalg.vector_norm(w_on[:, start:] @ l_nn[start:, start:stop], dim=-2).square()
+        for start, stop in _strips(n)
+    ]
+    return tail_sums(torch.cat(energies) if energies else l_nn.new_zeros(0))
 
 
 def truncation_curve(w_on: Tensor, c_nn: Tensor) -> Tensor:
