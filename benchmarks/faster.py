@@ -29,9 +29,10 @@ from slimdiff.bundles import Allocation
 from slimdiff.config import RECIPES
 from slimdiff.curves import ErrorCurve
 from slimdiff.fitting import fit_speedup, timed
+from slimdiff.layer_timing import narrowed
 from slimdiff.planning import make_plan
 from slimdiff.prices import least_nanoseconds
-from slimdiff.profiling import narrowed, profile
+from slimdiff.profiling import profile
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Probes, Statistics
 from slimdiff.widths import measure_curves

@@ -48,7 +48,7 @@ def test_the_table_names_figures_as_the_page_does(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for key, name in FIGURES.items():
         of_a_plan = ("predicted_error", "error_on_probes", "layers_removed")
-        of_a_plan += ("heads_removed",)
+        of_a_plan += ("heads_removed", "upsamplers_fused")
         assert (name in printed) == (key not in of_a_plan), name
     assert "CLIP score not measured: no CLIP folder" in printed and "\xa0" not in printed
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimdiff
-from slimdiff import profiling
+from slimdiff import layer_timing, profiling
 from slimdiff.cli import main
 from slimdiff.curves import probes_of
 from slimdiff.fitting import TOLERANCE, Timed, fit_error, fit_speedup, measured_error, timed
@@ -137,7 +137,7 @@ def test_narrowed_denoiser_has_the_plans_shapes_and_shares_the_rest(model):
     unet, statistics, curves = model
     plan = slimdiff.allocate(unet, statistics, slimdiff.Budget(params=0.8), curves=curves)
     groups = slimdiff.groups_of(unet)
-    slim = profiling.narrowed(unet, slim_config(unet, groups, plan.entries))
+    slim = layer_timing.narrowed(unet, slim_config(unet, groups, plan.entries))
     assert sum(p.numel() for p in slim.parameters()) == plan.figures["params"]
     assert slim.conv_in.weight is unet.conv_in.weight
     assert timed(unet, groups, plan, statistics.probes.batches(2)[0]).speedup > 0

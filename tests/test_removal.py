@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import slimdiff
-from slimdiff import accounting, profiling
+from slimdiff import accounting, layer_timing, profiling
 from slimdiff import costs as costs_
 from slimdiff.bundles import Allocation
 from slimdiff.cli.inspect import measure
@@ -274,7 +274,7 @@ def test_a_removed_layer_is_timed_too(model: Model) -> None:
     for layer in removable_layers(model.unet, model.groups, model.statistics):
         times = found.layers[layer]
         assert 0 in times and times[0] < times[max(times)], layer
-    narrow = profiling.narrowed(
+    narrow = layer_timing.narrowed(
         model.unet, slim_config(model.unet, model.groups, model.plan().entries)
     )
     assert {n: p.shape for n, p in narrow.named_parameters()} == {

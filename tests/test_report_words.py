@@ -27,13 +27,14 @@ def compressed(**figures):
 def test_figures_have_one_name():
     found = sample_results.complete()
     figures = found["plan"]["figures"]
-    figures |= {"layers_removed": 1, "heads_removed": 2}
+    figures |= {"layers_removed": 1, "heads_removed": 2, "upsamplers_fused": 3}
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
         "velocity error on probes",
         "layers removed wholly",
         "attention heads removed elsewhere",
+        "upsamplers fused, at no loss",
     }
     text = text_of(found)
     assert all(name in text for name in names.FIGURES.values())

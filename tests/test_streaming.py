@@ -22,7 +22,7 @@ NAMES = ("sd1", "sd3", "flux", "sana", "pixart")
 
 
 def planned(case: Case) -> slimdiff.Plan:
-    budget = slimdiff.Budget(params=0.8)
+    budget = slimdiff.Budget(macs=0.8)  # upsamplers are fused
     return slimdiff.allocate(case.model, case.statistics, budget, allocation="uniform")
 
 

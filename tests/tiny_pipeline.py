@@ -180,8 +180,9 @@ def slim_config(untied: bool = True) -> dict[str, Any]:
         linears[f"{path}.to_v"] = [context, heads * vo]
         linears[f"{path}.to_out.0"] = [heads * vo, 32]
     sizes = {p: {"heads": h, "qk": qk, "vo": vo} for p, (h, qk, vo) in attentions.items()}
-    constants = dict.fromkeys(REMOVED, 32)
-    return {"version": VERSION, "linears": linears, "attentions": sizes, "constants": constants}
+    slim = {"version": VERSION, "linears": linears, "attentions": sizes}
+    slim["fused_upsamplers"] = {"up_blocks.0.upsamplers.0": 2}
+    return slim | {"constants": dict.fromkeys(REMOVED, 32)}
 
 
 def slim_by_hand(pipe: Any, untied: bool = True, seed: int = 1) -> Any:

@@ -72,7 +72,8 @@ def _row(
     for metric in ("params", "macs"):
         fixed = cost.fixed if metric == "params" else 0
         row[metric] = cost.of(metric, entry.heads * entry.width) + fixed
-        row[f"{metric}_dense"] = cost.of(metric, inner) + fixed
+        spared = 0 if metric == "params" else cost.spared
+        row[f"{metric}_dense"] = cost.of(metric, inner) + fixed + spared
     return row
 
 

@@ -70,13 +70,17 @@ def composed_plan(first: Plan, second: Plan) -> Plan:
             width, heads = before.dense_width, before.dense_heads
             entry = replace(entry, dense_width=width, dense_heads=heads)
         entries[name] = entry
+    fused = sorted({*first.fused, *second.fused})
     budgets = [plan.budget for plan in (first, second) if plan.budget]
     return replace(
         second,
         denoiser=first.denoiser,
         entries=entries,
         budget=", then ".join(budgets),
-        figures=_figures(first.figures, second.figures) | _removed(entries),
+        figures=_figures(first.figures, second.figures)
+        | _removed(entries)
+        | ({"upsamplers_fused": len(fused)} if fused else {}),
+        fused=fused,
     )
 
 

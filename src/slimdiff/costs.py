@@ -19,7 +19,7 @@ from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.groups import FACTORED, Given, Group, Integers, Shapes, is_inward
-from slimdiff.layers import layer_at, sides_of, weight_of
+from slimdiff.layers import is_fused, layer_at, sides_of, weight_of
 from slimdiff.probes import flatten, nest
 
 
@@ -33,12 +33,14 @@ class GroupCost:
         macs: multiply-accumulates per inner channel in one forward.
         dense: inner channels, parameters and MACs of a layer that is no sum over its channels
             unless it shrinks (a linear that would become two).
+        spared: MACs of the dense denoiser that are spared at any width (a fused upsampler).
     """
 
     params: int
     fixed: int
     macs: int
     dense: tuple[int, int, int] | None = None
+    spared: int = 0
 
     def of(self, metric: str, inner: int) -> int:
         """Cost at `inner` channels; fixed parameters are left out of it."""
@@ -65,9 +67,20 @@ class Costs:
         """The whole denoiser's `params` or `macs`."""
         return self.params if metric == "params" else self.macs
 
+    def spared(self, metric: str) -> int:
+        """What is spared while nothing shrinks."""
+        return 0 if metric == "params" else sum(cost.spared for cost in self.groups.values())
 
-def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, Any]) -> Costs:
+
+def measure(
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    inputs: Mapping[str, Any],
+    fused: Sequence[str] = (),
+) -> Costs:
     """Costs of `denoiser` for a forward with these inputs (batch 1; values are not used).
+
+    `fused` are the upsamplers of it that are to be fused.
 
     Raises:
         SlimdiffError: the denoiser does not run on inputs of these shapes.
@@ -87,7 +100,7 @@ def measure(denoiser: nn.Module, groups: Sequence[Group], inputs: Mapping[str, A
         for handle in handles:
             handle.remove()
     scores = {group.layer: _scores(group, rows) for group in groups if group.kind == "query_key"}
-    costs = {group.name: _group_cost(denoiser, group, rows, scores) for group in groups}
+    costs = {group.name: _group_cost(denoiser, group, rows, scores, fused) for group in groups}
     return Costs(parameters(denoiser), counter.get_total_flops() // 2, costs)
 
 
@@ -139,10 +152,14 @@ def _count_rows(denoiser: nn.Module, path: str, rows: dict[str, int]) -> Any:
 
 
 def _group_cost(
-    denoiser: nn.Module, group: Group, rows: Mapping[str, int], scores: Mapping[str, int]
+    denoiser: nn.Module,
+    group: Group,
+    rows: Mapping[str, int],
+    scores: Mapping[str, int],
+    fused: Sequence[str],
 ) -> GroupCost:
     if group.kind in FACTORED:
-        return _factored_cost(denoiser, group, rows)
+        return _factored_cost(denoiser, group, rows, fused)
     params = macs = fixed = 0
     for role, path in group.paths.items():
         own = weight_of(denoiser, group, role).numel() // group.inner
@@ -156,18 +173,33 @@ def _group_cost(
     return GroupCost(params, fixed, macs + scores.get(group.layer, 0))
 
 
-def _factored_cost(denoiser: nn.Module, group: Group, rows: Mapping[str, int]) -> GroupCost:
+def _factored_cost(
+    denoiser: nn.Module, group: Group, rows: Mapping[str, int], fused: Sequence[str]
+) -> GroupCost:
     """Of rank r, a layer of o outputs and i inputs holds r (o + i) numbers instead of o i.
 
-    The inputs of a convolution are those of all its taps.
+    The inputs of a convolution are those of all its taps. In a fused upsampler these are multiplied
+    for every fourth row.
     """
     layer, path = layer_at(denoiser, group.layer), group.layer
     assert not isinstance(layer, nn.GroupNorm)
     outputs, inputs = sides_of(layer)
     per_rank, vectors = outputs + inputs, rows.get(path, 0)
     fixed = 0 if layer.bias is None else outputs
-    dense = outputs * inputs if group.largest is not None else group.width * per_rank
-    return GroupCost(per_rank, fixed, per_rank * vectors, (group.width, dense, dense * vectors))
+    whole = group.largest is not None
+
+    def macs(every: int) -> tuple[int, int]:
+        """Of one channel of the rank, and of the layer as it is."""
+        own = outputs * vectors + inputs * vectors // every
+        return own, outputs * inputs * vectors // every if whole else group.width * own
+
+    is_so = is_fused(denoiser, group)
+    (own, dense), before = (
+        macs(4 if is_so or group.upsampler in fused else 1),
+        macs(4 if is_so else 1),
+    )
+    held = outputs * inputs if whole else group.width * per_rank
+    return GroupCost(per_rank, fixed, own, (group.width, held, dense), before[1] - dense)
 
 
 def _scores(group: Group, rows: Mapping[str, int]) -> int:

@@ -20,9 +20,9 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import Group
 from slimdiff.heads import kept_heads
+from slimdiff.layer_timing import calling, narrowed
 from slimdiff.plan import Plan
 from slimdiff.probing import Probed
-from slimdiff.profiling import calling, narrowed
 from slimdiff.recipes import maps_of
 from slimdiff.removal import constant_weights
 from slimdiff.shapes import slim_config
@@ -53,7 +53,7 @@ def timed(
 ) -> Timed:
     """Dense against slim, in turn; the slim denoiser has the plan's shapes and random weights."""
     device = next(denoiser.parameters()).device
-    slim = narrowed(denoiser, slim_config(denoiser, groups, plan.entries))
+    slim = narrowed(denoiser, slim_config(denoiser, groups, plan.entries, plan.fused))
     calls = {"dense": calling(denoiser, (), call), "slim": calling(slim, (), call)}
     runs = enough_runs(seconds_of(calls["dense"], device))
     found = interleaved(calls, runs=runs, device=device)

@@ -128,9 +128,11 @@ class Projection:
     """A linear or convolution from one width of the residual stream to another, or the same.
 
     An empty `path` stands for the block itself; a block that has no such layer goes without.
+    `upsampled`: the block is an upsampler, which doubles the map before this layer.
     """
 
     path: str = ""
+    upsampled: bool = False
 
 
 Spec = Attention | FeedForward | ResNet | Modulation | Projection
@@ -206,6 +208,7 @@ class Group:
         source: what its statistics are named after, if not the layer: several groups share them.
         largest: the largest width that saves anything, if not the one below the dense one.
         unscaled, tied, fixed_heads: see `Attention`.
+        upsampler: module path of the upsampler whose convolution the layer is.
         query_width: channels per head of its layer's queries; 0 for what is no attention.
         dense_width: what `width` was before the denoiser was slimmed; 0 if it was not.
     """
@@ -226,6 +229,7 @@ class Group:
     unscaled: bool = False
     tied: bool = False
     fixed_heads: bool = False
+    upsampler: str = ""
     query_width: int = 0
     dense_width: int = 0
 

@@ -26,6 +26,7 @@ from slimdiff.prices import least_nanoseconds
 from slimdiff.probing import Probed
 from slimdiff.profiling import profile
 from slimdiff.statistics import Statistics
+from slimdiff.upsamplers import fused_for
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +49,18 @@ class Job:
         self.denoiser, self.statistics, self.curves = denoiser, statistics, curves
         self.groups = groups_of(denoiser, layers or recipe.layers)
         self.budget, self.recipe, self.settings = budget, recipe, settings
-        self.costs = costs_.measure(denoiser, self.groups, inputs)
+        self._inputs = inputs
+        self._fuse(fused_for(denoiser, self.groups, budget.metric))
+
+    def _fuse(self, upsamplers: Sequence[str]) -> None:
+        self.fused = upsamplers
+        self.costs = costs_.measure(self.denoiser, self.groups, self._inputs, upsamplers)
+
+    def fusing(self, upsamplers: Sequence[str]) -> Job:
+        """The same, with other upsamplers fused."""
+        job = copy.copy(self)
+        job._fuse(upsamplers)
+        return job
 
     def removing(self, *, heads: bool = True) -> Job:
         """The same, where the layers whose removal was measured may go, and heads if so told."""
@@ -78,6 +90,7 @@ class Job:
             self.budget.in_parameters(bytes_each),
             self.recipe,
             self.settings,
+            fused=self.fused,
             **limits,
         )
         return replace(plan, budget=self.budget.describe())
@@ -85,8 +98,8 @@ class Job:
 
 def as_fast(
     job: Job, rows: int, folder: str | Path | None, progress: Progress | None
-) -> Callable[[Job], Plan]:
-    """The fit to a time; the layers are timed here, once.
+) -> tuple[Job, Callable[[Job], Plan]]:
+    """The job, fusing what is faster so, and its fit to a time; layers are timed here, once.
 
     Raises:
         SlimdiffError: there are no probes to time.
@@ -108,7 +121,7 @@ def as_fast(
             dense / job.budget.limit(dense),
         )
 
-    return fit
+    return job.fusing(tuple(times.fused)), fit
 
 
 def as_good(job: Job) -> Plan:

@@ -90,7 +90,7 @@ class Journal:
             return
         denoiser = component_of(self.pipe, self.component)[1]
         groups = groups_of(denoiser)
-        found = costs.measure(denoiser, groups, statistics.probes.batches(1)[0])
+        found = costs.measure(denoiser, groups, statistics.probes.batches(1)[0], plan.fused)
         self.sections |= accounting.account(groups, found, plan.entries, curves)
         self.sections["model"] = {
             "dense": Path(str(getattr(self.pipe, "name_or_path", None) or "dense")).name,

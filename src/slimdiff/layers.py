@@ -52,6 +52,12 @@ def factor_of(denoiser: nn.Module, group: Group) -> Tensor | None:
     return projection.detach() if group.kind in FACTORED and projection is not None else None
 
 
+def is_fused(denoiser: nn.Module, group: Group) -> bool:
+    """Whether the group's layer is the convolution of a fused upsampler."""
+    upsampler = denoiser.get_submodule(group.upsampler) if group.upsampler else None
+    return bool(getattr(upsampler, "fused", False))
+
+
 def convolution_in(module: nn.Module, name: str, path: str) -> nn.Conv2d:
     """The plain 3 by 3 convolution at `name` inside the module at `path`.
 

@@ -78,7 +78,7 @@ def compress_folder(
         groups = groups_of(denoiser)
         probes = stored.probes.batches(1)
         call = probes[0] if probes else costs.example_inputs(denoiser)
-        counted = costs.measure(denoiser, groups, call)
+        counted = costs.measure(denoiser, groups, call, plan.fused)
         plan = by_hand(plan, groups, counted)
     plan.figures["calibration"] = stored.source
     begun = time.perf_counter()

@@ -116,6 +116,8 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))
+        if plan.fused:
+            rows.append(("Upsamplers fused, which changes no output", str(len(plan.fused))))
     return _table(("", ""), rows)
 
 

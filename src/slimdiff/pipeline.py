@@ -27,6 +27,7 @@ from slimdiff.planning import by_hand, check_budget, refuse_unfit
 from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import rewrite
 from slimdiff.statistics import Statistics
+from slimdiff.upsamplers import fused_for
 from slimdiff.widths import allocate, measure_curves
 
 Progress = Callable[[str, int, int], None]
@@ -100,7 +101,7 @@ def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan | None) -> Pl
     assert plan is not None, "checked before: either a budget or a plan"
     groups = groups_of(denoiser)
     probe = statistics.probes.batches(1)[0]
-    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe))
+    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe, plan.fused))
 
 
 def _finish(
@@ -163,7 +164,8 @@ def _refuse_impossible(
         may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
         settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
-        costs = costs_.measure(denoiser, groups, call)
+        fused = fused_for(denoiser, groups, budget.metric)
+        costs = costs_.measure(denoiser, groups, call, fused)
         refuse_unfit(budget, recipe, settings, groups)
         if budget.metric != "latency" and budget.largest_error is None:
             bytes_each = next(denoiser.parameters()).element_size()

@@ -52,6 +52,7 @@ class Plan:
         allocation: how the widths were chosen.
         budget: what was asked for, as text.
         figures: measured and predicted figures, for reports; nothing is computed from them.
+        fused: paths of the upsamplers that are fused, which changes no output.
     """
 
     denoiser: str
@@ -60,6 +61,7 @@ class Plan:
     allocation: str = "by hand"
     budget: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -112,6 +114,7 @@ class Plan:
         for group in groups:
             if entry := self.entries.get(group.name):
                 _check_entry(group, entry)
+        self._check_fused(groups)
         self._check_heads(groups)
         self._check_removed(groups)
         self._check_tied(groups)
@@ -127,6 +130,14 @@ class Plan:
     def removed(self, groups: Sequence[Group]) -> list[Group]:
         """The groups of layers that go wholly."""
         return [g for g in groups if g.name in self.entries and not self.entries[g.name].width]
+
+    def _check_fused(self, groups: Sequence[Group]) -> None:
+        known = sorted(group.upsampler for group in groups if group.upsampler)
+        if strange := sorted(set(self.fused) - set(known)):
+            raise SlimdiffError(
+                f"the plan fuses {strange[0]}, which is no upsampler of the denoiser; expected "
+                f"some of {', '.join(known) or 'none'}"
+            )
 
     def _check_removed(self, groups: Sequence[Group]) -> None:
         gone = {group.name for group in self.removed(groups)}

@@ -18,7 +18,15 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.importances import importances
 from slimdiff.plan import Entry, Plan
-from slimdiff.prices import Prices, ascending, counts, offered, smallest_count, times
+from slimdiff.prices import (
+    Prices,
+    ascending,
+    counts,
+    offered,
+    remaining,
+    smallest_count,
+    times,
+)
 from slimdiff.profile import Profile
 from slimdiff.statistics import Statistics
 
@@ -35,6 +43,7 @@ def make_plan(
     recipe: Recipe,
     allocation: Allocation,
     *,
+    fused: Sequence[str] = (),
     profile: Profile | None = None,
     limit: int | None = None,
     largest_error: float | None = None,
@@ -43,6 +52,7 @@ def make_plan(
 
     Args:
         denoiser, groups, costs, curves, statistics, budget, recipe, allocation: what it is of.
+        fused: the upsamplers that will be fused; the costs are with these.
         profile: times of the layers, where the budget is a time.
         limit: what may stay, instead of the budget's own limit.
         largest_error: predicted error that may not be exceeded, instead of a limit.
@@ -54,7 +64,7 @@ def make_plan(
     if limit is None and largest_error is None:
         limit = check_budget(groups, costs, budget, recipe, allocation)
     prices = counts(costs, budget.metric) if profile is None else times(profile)
-    total = costs.total(budget.metric) if profile is None else profile.dense_nanoseconds
+    total = remaining(costs, budget.metric) if profile is None else profile.remaining_nanoseconds
     bundles = offered(groups, recipe, allocation, curves, prices)
     units = [_unit(bundle, prices, curves, statistics, allocation) for bundle in bundles]
     if limit is None:
@@ -69,10 +79,11 @@ def make_plan(
         for bundle, size in zip(bundles, sizes, strict=True)
         for group in bundle.groups
     }
-    figures = counted(groups, costs, entries)
+    figures = counted(groups, costs, entries, fused)
     if allocation.name == "probed":
         figures["predicted_error"] = sum(curves[name].of(entry) for name, entry in entries.items())
-    return Plan(denoiser, recipe.name, entries, allocation.name, budget.describe(), figures)
+    told = budget.describe()
+    return Plan(denoiser, recipe.name, entries, allocation.name, told, figures, list(fused))
 
 
 def by_hand(plan: Plan, groups: Sequence[Group], costs: Costs) -> Plan:
@@ -82,7 +93,7 @@ def by_hand(plan: Plan, groups: Sequence[Group], costs: Costs) -> Plan:
         SlimdiffError: it is of another denoiser.
     """
     plan.check(groups)
-    figures = counted(groups, costs, plan.entries)
+    figures = counted(groups, costs, plan.entries, plan.fused)
     return replace(plan, allocation="by hand", budget="--plan", figures=figures)
 
 
@@ -180,8 +191,10 @@ def _solve(units: Sequence[allocate.Unit], limit: int, allocation: Allocation) -
     return allocate.threshold(units, limit)
 
 
-def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Parameters and MACs, dense and slim, of a denoiser with these entries."""
+def counted(
+    groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry], fused: Sequence[str]
+) -> dict[str, Any]:
+    """Parameters and MACs, dense and slim, of a denoiser with these entries; what else changed."""
     figures: dict[str, Any] = {}
     for metric in ("params", "macs"):
         saved = sum(
@@ -189,13 +202,15 @@ def counted(groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry])
             - costs.groups[group.name].of(metric, _inner(entries, group))
             for group in groups
         )
-        dense = costs.total(metric)
-        figures |= {f"{metric}_dense": dense, metric: dense - saved}
+        figures[f"{metric}_dense"] = costs.total(metric)
+        figures[metric] = remaining(costs, metric) - saved
     if gone := {group.layer for group in groups if not _inner(entries, group)}:
         figures["layers_removed"] = len(gone)
     values = [g for g in groups if g.kind == "value_output" and g.layer not in gone]
     if heads := sum(g.heads - entries[g.name].heads for g in values if g.name in entries):
         figures["heads_removed"] = heads
+    if fused:
+        figures["upsamplers_fused"] = len(fused)
     return figures
 
 

@@ -25,6 +25,11 @@ def counts(costs: Costs, metric: str) -> Prices:
     return price
 
 
+def remaining(costs: Costs, metric: str) -> int:
+    """What the whole denoiser has while nothing shrinks."""
+    return costs.total(metric) - costs.spared(metric)
+
+
 def times(profile: Profile) -> Prices:
     """Nanoseconds of the whole layer."""
 
@@ -72,7 +77,7 @@ def least_nanoseconds(
     for bundle in offered(groups, recipe, allocation, curves, prices):
         own = ascending([prices(bundle, size) for size in bundle.sizes])
         saved += own[-1] - own[0]
-    return profile.dense_nanoseconds - saved
+    return profile.remaining_nanoseconds - saved
 
 
 def smallest_count(
@@ -82,7 +87,7 @@ def smallest_count(
 
     Where fewer heads may go is known only once curves are.
     """
-    prices, smallest = counts(costs, metric), costs.total(metric)
+    prices, smallest = counts(costs, metric), remaining(costs, metric)
     for bundle in bundles_of(groups, recipe, allocation):
         smallest -= prices(bundle, bundle.sizes[-1]) - prices(bundle, bundle.sizes[0])
     return smallest

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,25 @@ class Profile:
         layers: layer path -> width -> seconds of the layer; the largest width is the dense one.
         fixed: layer path -> seconds that stay however few heads there are, for the attention layers
             where some may go.
+        fused: upsampler -> seconds of the dense call that fusing it spares, where it does; the
+            times of its convolution are then of the fused upsampler.
     """
 
     machine: dict[str, Any]
     seconds: float
     layers: dict[str, dict[int, float]]
     fixed: dict[str, float] = field(default_factory=dict)
+    fused: dict[str, float] = field(default_factory=dict)
 
     @property
     def dense_nanoseconds(self) -> int:
         """Of one call of the dense denoiser."""
         return round(1e9 * self.seconds)
+
+    @property
+    def remaining_nanoseconds(self) -> int:
+        """Of one call while nothing shrinks, with upsamplers fused."""
+        return round(1e9 * (self.seconds - sum(self.fused.values())))
 
     def of(self, layer: str, width: int, share: float = 1.0) -> float:
         """Seconds of a layer at any width, interpolated between those that were timed.
@@ -74,8 +82,8 @@ def read(path: Path | None, machine: Mapping[str, Any]) -> Profile | None:
             layer: {int(width): float(s) for width, s in times.items()}
             for layer, times in data["layers"].items()
         }
-        fixed = {layer: float(seconds) for layer, seconds in data["fixed"].items()}
-        return Profile(data["machine"], float(data["seconds"]), layers, fixed)
+        more = ({path: float(s) for path, s in data[name].items()} for name in ("fixed", "fused"))
+        return Profile(data["machine"], float(data["seconds"]), layers, *more)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

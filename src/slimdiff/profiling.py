@@ -1,13 +1,13 @@
 """Profiling: layers timed at several widths on the machine at hand.
 
 Each layer runs alone, on inputs that it really gets, at several widths in turn, and with half of
-its heads where heads may go. Layers of the same shape are timed once. The denoiser's time under a
-plan is then its measured dense time less what its layers save.
+its heads where heads may go; an upsampler's convolution runs in its upsampler, fused if that is
+faster. Layers of the same shape are timed once. The denoiser's time under a plan is then its
+measured dense time less what its layers save.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.bundles import Size, sizes_of
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import LAYERS, Group
 from slimdiff.heads import halves_of
-from slimdiff.plan import Entry
+from slimdiff.layer_timing import (
+    Times,
+    calling,
+    fixed_seconds,
+    place_of,
+    timed_layer,
+    timed_sizes,
+)
 from slimdiff.profile import Profile, digest, read, write
 from slimdiff.removal import removable_layers
-from slimdiff.shapes import slim_config
+from slimdiff.upsamplers import fusable
 
 Progress = Callable[[str, int, int], None]
-
-WIDTHS = 6
-"""Widths of a layer that are timed; between them time is interpolated."""
 
 
 def profile(
@@ -60,30 +63,12 @@ def profile(
         layers.setdefault(group.layer, []).append(group)
     kept = read(path, machine)
     if kept is not None and set(layers) <= set(kept.layers):
-        return kept
+        own = {group.upsampler for group in groups}
+        return replace(kept, fused={path: s for path, s in kept.fused.items() if path in own})
     found = _measured(denoiser, layers, call, machine, multiple, progress)
     if path is not None:
         write(path, found)
     return found
-
-
-def narrowed(module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A copy with the narrow shapes of `config`, random where they differ, shared elsewhere."""
-    from slimdiff.slim_denoiser import reshape_
-
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    with torch.random.fork_rng():
-        return reshape_(copy.deepcopy(module, shared), dict(config))
-
-
-def calling(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Callable[[], object]:
-    """The call to time."""
-
-    def run() -> object:
-        with torch.inference_mode():
-            return module(*args, **kwargs)
-
-    return run
 
 
 def _measured(
@@ -95,74 +80,35 @@ def _measured(
     progress: Progress | None,
 ) -> Profile:
     device = next(denoiser.parameters()).device
-    inputs = _inputs_of(denoiser, list(layers), call)
+    inputs = _inputs_of(denoiser, [place_of(groups) for groups in layers.values()], call)
     dense = calling(denoiser, (), call)
     runs = enough_runs(seconds_of(dense, device))
     whole = interleaved({"dense": dense}, runs=runs, device=device)
     every = [group for own in layers.values() for group in own]
     may_go = removable_layers(denoiser, every)
     by_heads = {group.layer for group, _ in halves_of(every)}
-    known: dict[str, dict[Size, float]] = {}
+    fusable_ones = set(fusable(denoiser, every))
+    known: dict[str, Times] = {}
     found = Profile(machine, whole["dense"].median, {})
     for done, (layer, groups) in enumerate(layers.items(), start=1):
-        args, kwargs = inputs.pop(layer)
-        module = denoiser.get_submodule(layer)
-        alike = f"{_signature(module, groups, args, kwargs)} {layer in may_go}"
+        place, heads = place_of(groups), groups[0].heads
+        args, kwargs = inputs.pop(place)
+        module, may_fuse = denoiser.get_submodule(place), place in fusable_ones
+        alike = f"{_signature(module, groups, args, kwargs)} {layer in may_go} {may_fuse}"
         if alike not in known:
-            sizes = _sizes(groups[0], multiple, layer in may_go, layer in by_heads)
-            calls = {
-                str(size): calling(_at_size(module, layer, groups, size), args, kwargs)
-                for size in sizes
-            }
-            runs = enough_runs(seconds_of(calls[str(sizes[-1])], device), total=0.3)
-            timed = interleaved(calls, runs=runs, device=device)
-            known[alike] = {size: timed[str(size)].median for size in sizes}
-        heads = groups[0].heads
-        found.layers[layer] = {s.width: t for s, t in known[alike].items() if s.heads == heads}
-        for size, seconds in known[alike].items():
+            sizes = timed_sizes(groups[0], multiple, layer in may_go, layer in by_heads)
+            known[alike] = timed_layer(module, groups, sizes, args, kwargs, may_fuse)
+        times = known[alike]
+        found.layers[layer] = {s.width: t for s, t in times.seconds.items() if s.heads == heads}
+        if times.spared > 0:
+            found.fused[place] = times.spared
+        for size, seconds in times.seconds.items():
             if size.heads < heads:
-                found.fixed[layer] = _fixed(
-                    found.of(layer, size.width), seconds, size.heads / heads
-                )
+                every_head = found.of(layer, size.width)
+                found.fixed[layer] = fixed_seconds(every_head, seconds, size.heads / heads)
         if progress is not None:
             progress("profile", done, len(layers))
     return found
-
-
-def _fixed(every: float, fewer: float, share: float) -> float:
-    """Seconds without any head, from those with all and with a share: a straight line."""
-    return min(max(0.0, (fewer - share * every) / (1 - share)), every)
-
-
-def _at_size(module: nn.Module, layer: str, groups: Sequence[Group], size: Size) -> nn.Module:
-    entries = {g.name: Entry(g.kind, size.width, g.width, size.heads, g.heads) for g in groups}
-    own = [_relative(group, layer) for group in groups]
-    return narrowed(module, slim_config(module, own, entries))
-
-
-def _relative(group: Group, layer: str) -> Group:
-    """The group as a part of its layer alone: paths begin there, what is not in it is left out."""
-    paths = {
-        role: path[len(layer) + 1 :]
-        for role, path in group.paths.items()
-        if f"{path}.".startswith(f"{layer}.")
-    }
-    columns = {role: own for role, own in group.columns.items() if role in paths}
-    return replace(group, layer="", block="", paths=paths, columns=columns)
-
-
-def _sizes(group: Group, multiple: int, may_go: bool, by_heads: bool) -> list[Size]:
-    """What is timed; the dense size is the last.
-
-    At most `WIDTHS` of the allowed widths, evenly spread, with both ends; 0 if the layer may go; if
-    heads may, half of them at the middle one of these widths.
-    """
-    sizes = sizes_of(group, multiple)
-    count = min(WIDTHS, len(sizes))
-    chosen = sorted({sizes[round(i * (len(sizes) - 1) / max(1, count - 1))] for i in range(count)})
-    fewer = [Size(chosen[len(chosen) // 2], group.heads // 2)] if by_heads else []
-    widths = [0, *chosen] if may_go else chosen
-    return [*fewer, *(Size(width, group.heads) for width in widths)]
 
 
 def _inputs_of(

@@ -61,7 +61,8 @@ def _groups_in(path: str, block: nn.Module, spec: Block) -> Iterator[Group]:
             yield _factored_group("modulation", f"{path}.{layer.path}", path, linear, **more)
         elif isinstance(layer, Projection):
             if (found := _projection(path, block, layer.path)) is not None:
-                yield _factored_group("projection", f"{path}.{layer.path}".rstrip("."), path, found)
+                name, upsampler = f"{path}.{layer.path}".rstrip("."), path * layer.upsampled
+                yield _factored_group("projection", name, path, found, upsampler=upsampler)
         elif (own := _found(block, layer.path)) is None or _is_removed(own):
             continue
         elif isinstance(layer, Attention):

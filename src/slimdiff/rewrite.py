@@ -57,7 +57,7 @@ def rewrite(
     check_removed(denoiser, groups, plan, statistics)
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
-    config = slim_config(denoiser, groups, plan.entries)
+    config = slim_config(denoiser, groups, plan.entries, plan.fused)
     config = joined(settings(denoiser).get("slimdiff"), config)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, config)

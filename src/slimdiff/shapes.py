@@ -13,7 +13,10 @@ from slimdiff.plan import Entry
 
 
 def slim_config(
-    denoiser: nn.Module, groups: Sequence[Group], entries: Mapping[str, Entry]
+    denoiser: nn.Module,
+    groups: Sequence[Group],
+    entries: Mapping[str, Entry],
+    fused: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `slim_denoiser.reshape_` takes; paths are those of `denoiser`.
 
@@ -21,6 +24,7 @@ def slim_config(
         denoiser: dense, or slim already; what a group leaves alone is read off its layers.
         groups: of it, all of them.
         entries: group name -> what becomes of it; the others stay as they are.
+        fused: paths of the upsamplers that are fused.
     """
     changed = [g for g in groups if g.name in entries and not entries[g.name].is_full]
     config: dict[str, Any] = {"linears": {}, "convolutions": {}, "norms": {}, "attentions": {}}
@@ -53,7 +57,8 @@ def slim_config(
         queries = group.query_width or group.width
         sizes = config["attentions"].setdefault(group.layer, {"heads": heads, "qk": queries})
         sizes.update({"heads": heads, half: width})
-    return {"version": 1, **config, **({"constants": constants} if constants else {})}
+    more = {"constants": constants, "fused_upsamplers": dict.fromkeys(fused, 2)}
+    return {"version": 1, **config, **{name: part for name, part in more.items() if part}}
 
 
 def _inner(group: Group, entries: Mapping[str, Entry]) -> int:

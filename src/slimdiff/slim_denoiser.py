@@ -10,11 +10,13 @@ that config.json holds under "slimdiff":
      "convolutions": {"<path of a convolution>": [in_channels per group, out_channels]},
      "norms": {"<path of a GroupNorm>": [num_groups, num_channels]},
      "factored": {"<path of a linear or convolution>": rank},
+     "fused_upsamplers": {"<path of an Upsample2D>": 2},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
      "constants": {"<path of a layer that was removed>": channels}}
 
 qk and vo are channels per head of queries and keys, and of values. A layer that was removed puts
-out a constant. `convolutions`, `norms`, `factored` and `constants` may be left out.
+out a constant. A fused upsampler convolves before it doubles. `convolutions`, `norms`, `factored`,
+`fused_upsamplers` and `constants` may be left out.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 VERSION = 1
@@ -51,6 +55,9 @@ STOCK_PROCESSORS = (
     "XFormersAttnProcessor",
 )
 """Processors that compute what `SlimAttnProcessor` computes, for equal widths."""
+
+DOUBLED_AT_ONCE = 2**25
+"""Products of a fused upsampler that are in memory at once, unless one image has more."""
 
 _SOURCE = Path(__file__).read_bytes()
 _NOTHING = Tensor()
@@ -99,6 +106,8 @@ def reshape_(model: nn.Module, slim: dict[str, Any]) -> nn.Module:
         _resize_norm(_layer(model, path, nn.GroupNorm), groups, channels)
     for path, rank in slim.get("factored", {}).items():
         _factor(_layer(model, path, (nn.Linear, nn.Conv2d)), rank)
+    for path in slim.get("fused_upsamplers", {}):
+        _fuse(path, _layer(model, path, Upsample2D))
     for path, sizes in slim["attentions"].items():
         _set_widths(path, _layer(model, path, nn.Module), **sizes)
     for path, channels in slim.get("constants", {}).items():
@@ -190,6 +199,121 @@ def _factor(layer: Any, rank: int) -> None:
     layer.register_parameter("projection", _empty_like(dense, (rank, *taps)))
     nn.init.normal_(layer.weight, std=rank**-0.5)  # the bias stays: others may share it
     nn.init.normal_(layer.projection, std=math.prod(taps) ** -0.5)
+
+
+def may_be_fused(upsampler: nn.Module) -> bool:
+    """Whether a module doubles by nearest neighbours and then convolves 3 by 3, padded by zeros."""
+    conv = getattr(upsampler, "conv", None)
+    if not isinstance(upsampler, Upsample2D) or not isinstance(conv, nn.Conv2d):
+        return False
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (
+        shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        and (conv.padding_mode, upsampler.norm) == ("zeros", None)
+        and (upsampler.use_conv, upsampler.interpolate) == (True, True)
+        and (upsampler.use_conv_transpose, upsampler.name) == (False, "conv")
+    )
+
+
+def _fuse(path: str, upsampler: Any) -> None:
+    if not may_be_fused(upsampler):
+        raise SlimConfigError(
+            f"{path}: is no nearest-neighbour upsampler with a 3 by 3 convolution; the slim config "
+            f"belongs to another model"
+        )
+    upsampler.__class__ = FusedUpsample2D
+    kind = type(upsampler.conv)
+    upsampler.conv.__class__ = DOUBLING.get(kind, kind)
+
+
+class FusedUpsample2D(Upsample2D):
+    """Doubling and convolution in one, with a quarter of the multiplications.
+
+    Its `conv` stays what it is to all others, a convolution of the doubled map. Where it is
+    something else, as with an adapter around it, or another size is asked for, the map is doubled
+    first.
+    """
+
+    fused = True
+
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """From (n, c, height, width) to (n, c', 2 height, 2 width), or to `output_size`."""
+        doubled = tuple(2 * side for side in hidden_states.shape[2:])
+        other = output_size is not None and tuple(output_size) != doubled
+        if other or type(self.conv) not in DOUBLING.values():
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return self.conv(hidden_states, double=True)
+
+
+class DoublingConv2d(nn.Conv2d):
+    """A 3 by 3 convolution that can double its input first, by nearest neighbours."""
+
+    def forward(self, input: Tensor, double: bool = False) -> Tensor:
+        """Convolve (n, in, height, width), doubled if so told."""
+        return _double(input, self.weight, self.bias) if double else super().forward(input)
+
+
+class FactoredDoublingConv2d(FactoredConv2d):
+    """The same, of low rank."""
+
+    def forward(self, input: Tensor, double: bool = False) -> Tensor:
+        """Convolve (n, in, height, width), doubled if so told."""
+        if not double:
+            return super().forward(input)
+        return F.conv2d(_double(input, self.projection, None), self.weight, self.bias)
+
+
+DOUBLING: dict[type, type] = {
+    kind: doubling
+    for plain, doubling in (
+        (nn.Conv2d, DoublingConv2d),
+        (FactoredConv2d, FactoredDoublingConv2d),
+    )
+    for kind in (plain, doubling)
+}
+"""Convolutions that a fused upsampler may have, and what they become."""
+
+
+def _double(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv2d(interpolate(input, scale_factor=2), weight, bias, padding=1)`, nearest, 3 by 3.
+
+    Doubling repeats pixels, so each of the nine taps is multiplied once for a pixel of the input,
+    not for its four copies; the products are added where their copies would have met.
+    """
+    outputs, inputs = weight.shape[:2]
+    height, width = input.shape[2:]
+    kernel = weight.permute(2, 3, 0, 1).reshape(9 * outputs, inputs, 1, 1)
+    if bias is not None:  # every output pixel has the middle tap once
+        bias = F.pad(bias, (4 * outputs, 4 * outputs))
+    results = []
+    for rows in input.split(max(1, DOUBLED_AT_ONCE // (9 * outputs * height * width))):
+        taps = F.conv2d(rows, kernel, bias).unflatten(1, (3, 3, outputs))
+        layout = torch.channels_last if _is_channels_last(rows) else torch.contiguous_format
+        result = torch.empty(
+            (len(rows), outputs, 2 * height, 2 * width),
+            dtype=taps.dtype, device=taps.device, memory_format=layout,
+        )  # fmt: skip
+        copies = result.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+        for down, own in enumerate(_met(taps[:, 0], taps[:, 1], taps[:, 2], -2)):
+            for right, pixels in enumerate(_met(own[:, 0], own[:, 1], own[:, 2], -1)):
+                copies[:, :, :, down, :, right] = pixels
+        results.append(result)
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _met(before: Tensor, at: Tensor, after: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What reaches the first and the second copy of a pixel along `dim`, of three taps."""
+    rest = at.shape[dim] - 1
+    first, second = at + after, before + at
+    first.narrow(dim, 1, rest).add_(before.narrow(dim, 0, rest))
+    second.narrow(dim, 0, rest).add_(after.narrow(dim, 1, rest))
+    return first, second
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _resize_convolution(conv: nn.Conv2d, inputs: int, outputs: int) -> None:

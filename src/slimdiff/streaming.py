@@ -73,7 +73,7 @@ def rewrite_folder(
     check_removed(denoiser, groups, plan, statistics)
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
-    changed, config = plan.changed(groups), slim_config(denoiser, groups, plan.entries)
+    changed, config = plan.changed(groups), slim_config(denoiser, groups, plan.entries, plan.fused)
     shards = Shards(folder, variant)
     shards.refuse_strange(denoiser)
     with replacing(out, CONFIG_FILE) as new:

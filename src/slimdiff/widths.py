@@ -21,7 +21,7 @@ from slimdiff.heads import measure_heads
 from slimdiff.jobs import Job, as_fast, as_good, best_of
 from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit
-from slimdiff.prices import smallest_count
+from slimdiff.prices import remaining, smallest_count
 from slimdiff.statistics import Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -119,7 +119,7 @@ def allocate(
     job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":
-        fit = as_fast(job, timed_rows, folder, progress)
+        job, fit = as_fast(job, timed_rows, folder, progress)
     return best_of(job, fit) if remove_layers else fit(job)
 
 
@@ -160,7 +160,7 @@ def frontier_of(
     return frontier(
         lambda limit: job.plan(limit=limit),
         job.lost,
-        job.costs.total(metric),
+        remaining(job.costs, metric),
         smallest_count(job.groups, job.costs, metric, chosen, settings),
         metric,
         progress,

@@ -81,7 +81,7 @@ def _table(plan: Plan, title: str) -> Any:
         if key in figures:
             error = numbers.error(figures[key])
             shown.add_row(figure_name(key, figures), "", error, "")
-    for key in ("layers_removed", "heads_removed"):
+    for key in ("layers_removed", "heads_removed", "upsamplers_fused"):
         if figures.get(key):
             shown.add_row(FIGURES[key], "", str(figures[key]), "")
     for stage, seconds in figures["seconds"].items():

@@ -17,6 +17,7 @@ from slimdiff.evaluate.sampling import first_call, generate, one_row_of
 from slimdiff.evaluate.settings import Settings
 from slimdiff.evaluate.velocity import comparing, model_of
 from slimdiff.families import groups_of
+from slimdiff.layers import is_fused
 from slimdiff.picture import base64_png
 from slimdiff.results import Results, called, made_by
 
@@ -145,7 +146,8 @@ def _accounts(dense: nn.Module, slim: nn.Module, inputs: Mapping[str, Any]) -> d
     """Parameters and MACs by group, if both denoisers' groups are known."""
     try:
         groups, now = groups_of(dense), groups_of(slim)
-        found = costs.measure(dense, groups, inputs)
+        fused = [group.upsampler for group in now if is_fused(slim, group)]
+        found = costs.measure(dense, groups, inputs, fused)
     except SlimdiffError:
         return {}
     return accounting.account(groups, found, accounting.entries_of(groups, now))

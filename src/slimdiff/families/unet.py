@@ -27,7 +27,8 @@ FAMILY = Family(
     denoiser="UNet2DConditionModel",
     blocks=(
         Block(r".+\.resnets\.\d+", (ResNet(), Projection("conv_shortcut"))),
-        Block(r".+\.(down|up)samplers\.\d+\.conv", (Projection(),)),
+        Block(r".+\.downsamplers\.\d+", (Projection("conv"),)),
+        Block(r".+\.upsamplers\.\d+", (Projection("conv", upsampled=True),)),
         Block(r".+\.attentions\.\d+\.proj_(in|out)", (Projection(),)),
         Block(
             r".+\.transformer_blocks\.\d+",

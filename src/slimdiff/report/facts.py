@@ -131,7 +131,7 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
-    for key in ("layers_removed", "heads_removed"):
+    for key in ("layers_removed", "heads_removed", "upsamplers_fused"):
         if figures.get(key):
             found[FIGURES[key]] = str(figures[key])
     return found

@@ -20,6 +20,7 @@ FIGURES = {
     "error_on_probes": "velocity error on probes",
     "layers_removed": "layers removed wholly",
     "heads_removed": "attention heads removed elsewhere",
+    "upsamplers_fused": "upsamplers fused, at no loss",
     "velocity": "velocity error on test prompts",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
