@@ -10,7 +10,7 @@ import torch
 import slimdiff
 from measuring import RESULTS, Rows, peak_of
 from peers import PEERS, Job, at_macs, deepcache, weight_bytes
-from peers.job import removable, seconds_spared
+from peers.job import fuse_upsamplers_, removable, seconds_spared
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
 from slimdiff.reference.captions import prompts
@@ -114,12 +114,27 @@ class Bench:
         return {"unet": unet, "seconds": round(seconds, 1), "peak_mib": peak}
 
     def peer_at_macs(
-        self, name: str, share: float, layers: tuple[str, ...] = TRANSFORMER
+        self,
+        name: str,
+        share: float,
+        layers: tuple[str, ...] = TRANSFORMER,
+        *,
+        fused: bool = False,
     ) -> dict[str, Any]:
-        """A peer that removes as little as leaves at most this share of the MACs."""
+        """A peer that removes as little as leaves at most this share of the MACs.
+
+        With `fused` its upsamplers are fused, as slimdiff's are under such a budget.
+        """
         target = share * self.trial.macs(self.pipe.unet)
+
+        def make(remove: int) -> dict[str, Any]:
+            made = self.peer(name, remove, layers)
+            if fused:
+                fuse_upsamplers_(made["unet"])
+            return made
+
         return at_macs(
-            lambda remove: self.peer(name, remove, layers),
+            make,
             lambda made: self.trial.macs(made["unet"]),
             target,
             removable(self.pipe.unet, layers),

@@ -4,7 +4,8 @@
     python benchmarks/faster.py sd15 --dtype bfloat16
     python benchmarks/faster.py sdxl --allocation uniform
 
-Every layer is timed at several widths on this machine, attention with fewer heads too. Layers keep
+Every layer is timed at several widths on this machine, attention with fewer heads too, upsamplers
+fused and not. Layers keep
 what loses least in that time by error curves that were measured on the model in bfloat16 with 32 by
 32 latents (probed; no layer goes wholly, for what a random one is worth says little), or all the
 same share of their width (uniform). Dense and slim are timed once more in turn at the end, apart
@@ -77,12 +78,13 @@ def main() -> None:
     times = profile(unet, groups, call, multiple=options.multiple, folder=options.profiles)
     seconds = round(time.perf_counter() - start, 1)
     print(f"profile: {seconds} s, dense call {times.seconds:.2f} s", flush=True)
-    dense = costs.measure(unet, groups, call)
+    fused = tuple(times.fused)
+    dense = costs.measure(unet, groups, call, fused)
 
     def plan(wanted: float, limit: int) -> slimdiff.Plan:
         budget, nothing = slimdiff.Budget(speedup=wanted), Statistics("", Probes(1))
         parts = (groups, dense, curves, nothing, budget, recipe, settings)
-        return make_plan(type(unet).__name__, *parts, profile=times, limit=limit)
+        return make_plan(type(unet).__name__, *parts, fused=fused, profile=times, limit=limit)
 
     def measured(wanted: float) -> dict[str, Any]:
         least = least_nanoseconds(groups, recipe, settings, curves, times)
@@ -94,7 +96,7 @@ def main() -> None:
             wanted,
         )
         again = timed(unet, groups, found, call)
-        slim = narrowed(unet, slim_config(unet, groups, found.entries))
+        slim = narrowed(unet, slim_config(unet, groups, found.entries, found.fused))
         allowed = dense.macs / costs.measure(slim, [], call).macs
         return {
             "wanted": wanted,
@@ -106,6 +108,7 @@ def main() -> None:
             "speedup_in_search": found.figures["latency"]["speedup"],
             "macs_allow": allowed,
             "share_reached": again.speedup / allowed,
+            "upsamplers_fused": len(fused),
             "heads_removed": found.figures.get("heads_removed", 0),
             "heads": sum(group.heads for group in groups if group.kind == "value_output"),
         }

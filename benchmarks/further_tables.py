@@ -103,38 +103,6 @@ def removal(result: dict[str, Any]) -> str:
     )
 
 
-def rest(result: dict[str, Any]) -> str:
-    """The layers outside attention, feed-forward and ResNets."""
-    settings, rows = result["settings"], result["rows"]
-    kept = [str(share) for share in settings["kept"]]
-    layers = [
-        [
-            name,
-            *(f"{row[what]:.2%}" for what in ("params", "macs")),
-            *(f"{row[share]:.1e}" for share in kept),
-        ]
-        for name, row in rows.items()
-        if kept[0] in row
-    ]
-    budgets = [name.removesuffix(", with") for name in rows if name.endswith(", with")]
-    pairs = [[rows[f"{name}, {how}"]["error"] for how in ("without", "with")] for name in budgets]
-    plans = [
-        [name, f"{a:.2e}", f"{b:.2e}", f"{b / a:.2f}"]
-        for name, (a, b) in zip(budgets, pairs, strict=True)
-    ]
-    alone = ("layer", "of all parameters", "of all MACs", *(f"{float(s):.0%} left" for s in kept))
-    return (
-        f"## The other layers, on scenes-unet\n\nShortcuts, down- and upsampling, projections into "
-        f"and out of transformers, time embeddings, first and last convolution: what each holds, "
-        f"and the velocity error on held-out probes when it alone is factored to a rank that "
-        f"leaves a share of it.\n\n{table(alone, layers)}\n\nTime embeddings see as many inputs as "
-        f"there are timesteps, and those of other steps are lost; they, and the first and last "
-        f"convolution, stay. The others may shrink (`projection`): plans without and with them, "
-        f"velocity error on {settings['error_prompts']} selection prompts.\n\n"
-        f"{table(('left', 'without', 'with', 'with / without'), plans)}\n\n{made_by(result)}\n"
-    )
-
-
 def halfway(result: dict[str, Any]) -> str:
     """Calibrated again halfway, or not."""
     settings, rows = result["settings"], result["rows"]

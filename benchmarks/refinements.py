@@ -123,7 +123,7 @@ class Refinements:
                 break
             tried.add(pair)
             changed = self._moved(entries, *pair)
-            if counted(list(self.groups.values()), self.counted, changed)["params"] > limit:
+            if counted(list(self.groups.values()), self.counted, changed, [])["params"] > limit:
                 continue
             error = self.lost(_widths(changed))
             if error < 0.995 * best:

@@ -6,12 +6,14 @@ Shortcuts, down- and upsampling, projections into and out of transformers, time 
 and last convolution of the bundled UNet. Each alone is factored to a rank that leaves 3/4, 1/2 and
 1/3 of it, by the moment of its output on one half of the probes; the error is that on the other
 half. Then plans under several budgets with and without those of them that are groups, `projection`;
-their figure is the velocity error on selection prompts.
+their figure is the velocity error on selection prompts. No upsampler is fused.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from torch import Tensor, nn
 import slimdiff
 from measuring import RESULTS, Rows
 from slimdiff import costs, decompose
-from slimdiff.curves import probes_of
+from slimdiff.bundles import Allocation
+from slimdiff.config import RECIPES
+from slimdiff.curves import ErrorCurve, probes_of
 from slimdiff.decompose import effective_product
+from slimdiff.jobs import Job, best_of
 from slimdiff.probes import Probes
 from slimdiff.reference.captions import prompts
 from slimdiff.widths import measure_curves
@@ -116,20 +121,31 @@ class Rest:
 
     def plans(self) -> None:
         """A row for each budget, with these layers and without."""
-        curves = measure_curves(self.unet, self.statistics, folder=self.folder)
         for name, budget in BUDGETS.items():
             for layers in (None, LAYERS):
 
                 def row(budget: Any = budget, layers: Any = layers) -> dict[str, Any]:
-                    given = self.unet, self.statistics, budget
-                    plan = slimdiff.allocate(*given, curves=curves, layers=layers)
-                    unet = self.trial.copy_of_denoiser()
-                    slim = slimdiff.rewrite(unet, self.statistics, plan, curves=curves)
-                    figures = {key: plan.figures[key] for key in ("params", "macs")}
-                    error = self.trial.velocity_error(slim).relative
-                    return figures | {"predicted": plan.figures["predicted_error"], "error": error}
+                    return self.tried(budget, layers)
 
                 self.rows.measure(f"{name}, {'with' if layers is None else 'without'}", row)
+
+    def tried(
+        self, budget: slimdiff.Budget, layers: Sequence[str] | None = None, *, fused: bool = False
+    ) -> dict[str, Any]:
+        """Size and velocity error of a plan, with upsamplers fused or not."""
+        given = RECIPES["slimdiff"], Allocation("probed"), layers, self.curves
+        job = Job(self.unet, self.statistics, budget, *given)
+        plan = best_of(job if fused else job.fusing(()), Job.plan)
+        unet = self.trial.copy_of_denoiser()
+        slim = slimdiff.rewrite(unet, self.statistics, plan, curves=self.curves)
+        figures = {key: plan.figures[key] for key in ("params", "macs")}
+        error = self.trial.velocity_error(slim).relative
+        return figures | {"predicted": plan.figures["predicted_error"], "error": error}
+
+    @functools.cached_property
+    def curves(self) -> dict[str, ErrorCurve]:
+        """Of all groups."""
+        return measure_curves(self.unet, self.statistics, folder=self.folder)
 
 
 def main() -> None:

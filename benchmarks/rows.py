@@ -90,7 +90,10 @@ def rows_of_the_whole(bench: Bench) -> Iterator[Row]:
 
 
 def rows_by_speed(bench: Bench) -> Iterator[Row]:
-    """ResNets too, to a measured speed-up; the peer gets as many MACs as that took."""
+    """ResNets too, to a measured speed-up; the peer gets as many MACs as that took.
+
+    Upsamplers are fused in both.
+    """
     for speedup in () if bench.quick else SPEEDUPS:
         labels = {"group": f"A call of eight images {speedup} times faster, ResNets too"}
         budget = slimdiff.Budget(speedup=speedup)
@@ -99,10 +102,11 @@ def rows_by_speed(bench: Bench) -> Iterator[Row]:
 
         def as_many_macs(slim: Row = slim) -> Made:
             bench.rows.measure(slim.name, slim.measured)
-            return bench.peer_at_macs("obs-diff", bench.macs_of_row(slim.name), layers=LAYERS)
+            share = bench.macs_of_row(slim.name)
+            return bench.peer_at_macs("obs-diff", share, layers=LAYERS, fused=True)
 
         yield slim
-        own = labels | {"method": "obs-diff, as many MACs"}
+        own = labels | {"method": "obs-diff, as many MACs, upsamplers fused"}
         yield _peer(bench, f"speed {speedup} obs-diff", own, PEERS["obs-diff"], as_many_macs)
 
 

@@ -18,9 +18,9 @@ from further_tables import (
     many,
     refinements,
     removal,
-    rest,
     transformer,
 )
+from layer_tables import rest, upsamplers
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -100,6 +100,7 @@ def half(result: dict[str, Any]) -> str:
 OTHERS = {
     "many": many,
     "rest": rest,
+    "upsamplers": upsamplers,
     "removal": removal,
     "refinements": refinements,
     "halfway": halfway,

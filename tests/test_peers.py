@@ -10,7 +10,7 @@ import torch
 import slimdiff
 from peers import PEERS, Job, at_macs, deepcache, int8, weight_bytes
 from peers.at_macs import STEPS
-from peers.job import kept_with, removable, seconds_spared, uniform_sizes
+from peers.job import fuse_upsamplers_, kept_with, removable, seconds_spared, uniform_sizes
 from peers.svd import input_moments, plain_factors, whitened_factors
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
@@ -169,6 +169,16 @@ def test_a_peer_just_meets_a_budget_of_macs(name, parts):
     target = macs(unet) - spare // 2
     found = macs(at_macs(slim, macs, target, total))
     assert target - 0.05 * spare <= found <= target
+
+
+def test_the_upsamplers_of_a_peer_are_fused_at_no_loss(parts):
+    slim = PEERS["obs-diff"].slim(job_of(parts, 0.5))
+    call = costs.example_inputs(slim)
+    inputs = {name: torch.randn(x.shape, dtype=x.dtype) for name, x in call.items()}
+    before = slim(**inputs).sample, costs.measure(slim, [], call).macs
+    fuse_upsamplers_(slim)
+    torch.testing.assert_close(slim(**inputs).sample, before[0], rtol=1e-4, atol=1e-5)
+    assert costs.measure(slim, [], call).macs < before[1]
 
 
 def test_what_a_peer_keeps_is_counted_when_it_is_used_again():

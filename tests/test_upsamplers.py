@@ -93,6 +93,12 @@ def test_a_factored_one_is_the_product_of_its_factors() -> None:
     assert isinstance(fused(module, rank=3).conv, FactoredDoublingConv2d)
 
 
+def test_compiles_as_one_graph() -> None:
+    module, x = fused(upsampler()), torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
 class Around(nn.Module):
     """What an adapter does to a convolution."""
 

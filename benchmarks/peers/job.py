@@ -15,11 +15,13 @@ import slimdiff
 from slimdiff import costs
 from slimdiff.allocate import Unit, allowed_sizes, uniform
 from slimdiff.config import TRANSFORMER
+from slimdiff.denoiser import settings
 from slimdiff.groups import LAYERS, Group
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.planning import counted
 from slimdiff.shapes import slim_config
 from slimdiff.slim_denoiser import become_slim_
+from slimdiff.upsamplers import fusable
 
 MULTIPLE = 4
 """Uniform widths are multiples of this: 8, as slimdiff's own, would round heads of 40 channels so
@@ -121,10 +123,16 @@ def become_slim(unet: nn.Module, dense: nn.Module, plan: Plan) -> nn.Module:
     """
     groups = slimdiff.groups_of(dense)
     plan.check(groups)
-    plan.figures.update(counted(groups, _costs(dense), plan.entries))
+    plan.figures.update(counted(groups, _costs(dense), plan.entries, plan.fused))
     become_slim_(unet, slim_config(unet, groups, plan.entries))
     unet.slim_record = SlimRecord(plan, {})  # type: ignore[assignment]  # no tensor
     return unet
+
+
+def fuse_upsamplers_(unet: nn.Module) -> None:
+    """Fuse the upsamplers of a slim UNet, in place."""
+    paths = fusable(unet, slimdiff.groups_of(unet))
+    become_slim_(unet, settings(unet)["slimdiff"] | {"fused_upsamplers": dict.fromkeys(paths, 2)})
 
 
 def removable(unet: nn.Module, layers: Sequence[str] = TRANSFORMER) -> int:

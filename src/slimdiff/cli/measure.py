@@ -29,7 +29,8 @@ and sampling reuses what was recorded: pass it the folder that is named at the e
 PROFILE = """How long each layer takes at each width, on this machine.
 
 Layers run alone, on the inputs that one image gives them, at several widths in turn; attention also
-with half of its heads, where heads may go.
+with half of its heads, where heads may go. An upsampler's convolution is timed in its upsampler, as
+it is and fused (it convolves before it doubles), and at the faster of both.
 
 **Examples**
 
@@ -162,11 +163,15 @@ def profile(
             "dense, ms": "right",
             "ms at width": "left",
             "with half the heads": "right",
+            "fusing spares": "right",
         },
     )
+    upsamplers = {group.layer: group.upsampler for group in groups}
     for layer, times in found.layers.items():
         dense = max(times)
         narrower = ", ".join(f"{w}: {1000 * times[w]:.2f}" for w in sorted(times) if w != dense)
         halved = f"{1000 * found.of(layer, dense, 0.5):.2f}" if layer in found.fixed else ""
-        shown.add_row(layer, f"{1000 * times[dense]:.2f}", narrower, halved)
+        spared = found.fused.get(upsamplers[layer])
+        fused = "" if spared is None else f"{1000 * spared:.2f}"
+        shown.add_row(layer, f"{1000 * times[dense]:.2f}", narrower, halved, fused)
     console.out().print(shown)
