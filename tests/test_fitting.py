@@ -47,6 +47,18 @@ def test_the_measured_speedup_is_what_was_asked(factor, wanted):
     assert abs(speedup / wanted - 1) <= TOLERANCE or plan.figures["limit"] == DENSE
 
 
+def test_what_was_fast_by_luck_is_timed_again():
+    true, lucky = timing(1.0), iter([1.3])
+
+    def time(plan: slimdiff.Plan) -> Timed:
+        own = true(plan)
+        speedup = own.speedup * next(lucky, 1.0)
+        return Timed(own.dense, own.dense / speedup, speedup)
+
+    plan = fit_speedup(plan_of, time, DENSE, DENSE // 20, 2.0)
+    assert true(plan).speedup >= 2.0 * (1 - TOLERANCE)
+
+
 def test_what_cannot_be_reached_is_refused_with_the_best_that_can():
     with pytest.raises(slimdiff.SlimdiffError, match=r"the fastest that was measured is 1\.82"):
         fit_speedup(plan_of, timing(1.0), DENSE, DENSE // 2, 3.0)

@@ -142,6 +142,7 @@ def error_curves(
             constant = constant_weights(denoiser, group, statistics)
             removed = probes.error(constant) if constant else 0.0
         curves[group.name] = ErrorCurve(decomposition.errors.cpu(), gains, order, removed)
+        del decomposition  # before the next one takes its memory
         if keep is not None:
             keep(curves)
         if progress is not None:

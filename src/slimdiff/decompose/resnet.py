@@ -119,23 +119,21 @@ def resnet_channels(
     lags_lcc = checked_moment(lags_lcc, "lags_lcc", (len(LAGS), channels, channels))
     if weight_ocyx.shape[2:] != (3, 3) or channels % groups:
         raise ValueError(f"kernel {tuple(weight_ocyx.shape)} is not 3 by 3 in {groups} groups")
-    w_ocyx = weight_ocyx.double()
     if isinstance(order, Tensor):
         order_c = order
     else:
-        order_c = _channels_of(
-            group_order(w_ocyx, lags_lcc, groups, order, damping), channels // groups
-        )
-    errors, missing, damping = _curve(w_ocyx, lags_lcc, order_c, refit, damping)
+        order_g = group_order(weight_ocyx.double(), lags_lcc, groups, order, damping)
+        order_c = _channels_of(order_g, channels // groups)
+    errors, missing, damping = _curve(weight_ocyx, lags_lcc, order_c, refit, damping)
     stairs = errors[:: channels // groups].repeat_interleave(channels // groups)[: channels + 1]
     return ResNetChannels(stairs, missing, order_c, lags_lcc, weight_ocyx, refit, damping)
 
 
 def _curve(
-    w_ocyx: Tensor, lags_lcc: Tensor, order_c: Tensor, refit: bool, damping: float
+    weight_ocyx: Tensor, lags_lcc: Tensor, order_c: Tensor, refit: bool, damping: float
 ) -> tuple[Tensor, int, float]:
     """Errors (c + 1), channels that calibration did not excite, and the damping that was needed."""
-    w_of = w_ocyx[:, order_c].flatten(1)
+    w_of = weight_ocyx[:, order_c].flatten(1).double()
 
     def moment_ff() -> Tensor:
         return unfolded_moment(lags_lcc, order_c, order_c)
