@@ -188,8 +188,6 @@ def many(result: dict[str, Any]) -> str:
     columns = ("", "parameters of the UNet", "MACs", "call faster", "scenes right", "95 %")
     return (
         f"## Many test prompts, on scenes-unet\n\nWhole scenes right, all pipelines under bfloat16"
-        f" autocast, after calibration on {result['settings']['calibration_prompts']} prompts. "
-        f"The faster one was made before projections could shrink.\n\n"
-        f"{table(columns, cells)}\n\n"
-        f"{made_by(result)}\n"
+        f" autocast, after calibration on {result['settings']['calibration_prompts']} prompts.\n\n"
+        f"{table(columns, cells)}\n\n{made_by(result)}\n"
     )

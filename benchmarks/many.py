@@ -24,7 +24,7 @@ import slimdiff
 from bench import TIMED_ROWS
 from measuring import Rows
 from peers import PEERS, Job, at_macs
-from peers.job import removable
+from peers.job import fuse_upsamplers_, removable
 from slimdiff import costs
 from slimdiff.evaluate import generate
 from slimdiff.reference.captions import prompts
@@ -84,9 +84,15 @@ class Pipes:
         return PEERS["obs-diff"].slim(Job(*given, remove, LAYERS))
 
     def peer_as_fast(self) -> Any:
-        """OBS-Diff's denoiser of no more MACs than the faster one of slimdiff."""
+        """OBS-Diff's denoiser of no more MACs than the faster one of slimdiff, fused as that is."""
+
+        def make(remove: int) -> dict[str, Any]:
+            unet = self.peer(remove)
+            fuse_upsamplers_(unet)
+            return {"unet": unet}
+
         found = at_macs(
-            lambda remove: {"unet": self.peer(remove)},
+            make,
             lambda made: self.trial.macs(made["unet"]),
             self.trial.macs(self.faster),
             removable(self.trial.dense, LAYERS),

@@ -215,6 +215,10 @@ UNVERIFIED = {
         lambda f: other_plan(f, strange__qk={"width": 8}),
         r"does not fit config\.json \(strange\.qk",
     ),
+    "plan that fuses nothing": (
+        lambda f: edit(f / "slimdiff.json", fused=[]),
+        r"does not fit config\.json \(up_blocks\.0\.upsamplers\.0",
+    ),
     "maps without plan": (lambda f: (f / "slimdiff.json").unlink(), "no such plan file"),
     "plan without maps": (
         lambda f: (f / "slimdiff_maps.safetensors").unlink(),

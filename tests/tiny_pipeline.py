@@ -203,7 +203,8 @@ def slim_by_hand(pipe: Any, untied: bool = True, seed: int = 1) -> Any:
         halves = {".qk": "query_key", ".vo": "value_output"} if kind == "attention" else {"": kind}
         entries |= {path + end: Entry(half, 0, 32) for end, half in halves.items()}
     figures = {"params_dense": 359_844, "macs_dense": 2_000, "macs": 1_500, "error_on_probes": 1e-5}
-    plan = Plan("UNet2DConditionModel", "slimdiff", entries, "probed", "80 %", figures)
+    fused = list(slim["fused_upsamplers"])
+    plan = Plan("UNet2DConditionModel", "slimdiff", entries, "probed", "80 %", figures, fused)
     maps = {
         f"{TIED}.qk/q": torch.randn(2, 16, 8, dtype=torch.float64),
         f"{TIED}.vo/out": 1e9 * torch.randn(32, 16, dtype=torch.float64),

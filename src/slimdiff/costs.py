@@ -188,18 +188,16 @@ def _factored_cost(
     fixed = 0 if layer.bias is None else outputs
     whole = group.largest is not None
 
-    def macs(every: int) -> tuple[int, int]:
-        """Of one channel of the rank, and of the layer as it is."""
-        own = outputs * vectors + inputs * vectors // every
-        return own, outputs * inputs * vectors // every if whole else group.width * own
+    def macs(is_so: bool) -> tuple[int, int]:
+        """Of one channel of the rank, and of the layer as it is, fused or not."""
+        multiplied = vectors // 4 if is_so else vectors
+        own = outputs * vectors + inputs * multiplied
+        return own, outputs * inputs * multiplied if whole else group.width * own
 
-    is_so = is_fused(denoiser, group)
-    (own, dense), before = (
-        macs(4 if is_so or group.upsampler in fused else 1),
-        macs(4 if is_so else 1),
-    )
+    already = is_fused(denoiser, group)
+    own, dense = macs(already or group.upsampler in fused)
     held = outputs * inputs if whole else group.width * per_rank
-    return GroupCost(per_rank, fixed, own, (group.width, held, dense), before[1] - dense)
+    return GroupCost(per_rank, fixed, own, (group.width, held, dense), macs(already)[1] - dense)
 
 
 def _scores(group: Group, rows: Mapping[str, int]) -> int:

@@ -205,6 +205,8 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], path: Path) -> None:
     """Refuse a plan whose widths are not those of the config."""
     slim = config["slimdiff"]
     wrong = None if class_name(config) == f"Slim{plan.denoiser}" else plan.denoiser
+    other = sorted(set(plan.fused) ^ set(slim.get("fused_upsamplers", {})))
+    wrong = wrong or (other[0] if other else None)
     for name, entry in plan.entries.items():
         if not entry.width:
             attention = entry.kind in ("query_key", "value_output")
