@@ -194,8 +194,7 @@ class Group:
     Attributes:
         name: path of the layer, with `.qk` or `.vo` for the two halves of an attention layer.
         kind: `query_key`, `value_output`, `feed_forward`, `resnet`, `modulation` or `projection`.
-        layer: module path of the attention or feed-forward layer, the ResNet, the modulation or
-            the projection.
+        layer: module path of the attention or feed-forward layer, ResNet, modulation or projection.
         block: module path of the transformer block, the ResNet, or the projection itself.
         paths: role -> module path of the linear, convolution or norm.
         heads: attention heads (1 for the others).
