@@ -266,12 +266,8 @@ class FactoredDoublingConv2d(FactoredConv2d):
 
 
 DOUBLING: dict[type, type] = {
-    kind: doubling
-    for plain, doubling in (
-        (nn.Conv2d, DoublingConv2d),
-        (FactoredConv2d, FactoredDoublingConv2d),
-    )
-    for kind in (plain, doubling)
+    nn.Conv2d: DoublingConv2d,
+    FactoredConv2d: FactoredDoublingConv2d,
 }
 """Convolutions that a fused upsampler may have, and what they become."""
 
@@ -283,24 +279,27 @@ def _double(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     not for its four copies; the products are added where their copies would have met.
     """
     outputs, inputs = weight.shape[:2]
-    height, width = input.shape[2:]
+    # Made anew in each call: kept, it would go stale when an adapter is fused into the weight.
     kernel = weight.permute(2, 3, 0, 1).reshape(9 * outputs, inputs, 1, 1)
     if bias is not None:  # every output pixel has the middle tap once
         bias = F.pad(bias, (4 * outputs, 4 * outputs))
-    results = []
-    for rows in input.split(max(1, DOUBLED_AT_ONCE // (9 * outputs * height * width))):
-        taps = F.conv2d(rows, kernel, bias).unflatten(1, (3, 3, outputs))
-        layout = torch.channels_last if _is_channels_last(rows) else torch.contiguous_format
-        result = torch.empty(
-            (len(rows), outputs, 2 * height, 2 * width),
-            dtype=taps.dtype, device=taps.device, memory_format=layout,
-        )  # fmt: skip
-        copies = result.unflatten(3, (width, 2)).unflatten(2, (height, 2))
-        for down, own in enumerate(_met(taps[:, 0], taps[:, 1], taps[:, 2], -2)):
-            for right, pixels in enumerate(_met(own[:, 0], own[:, 1], own[:, 2], -1)):
-                copies[:, :, :, down, :, right] = pixels
-        results.append(result)
+    rows = max(1, DOUBLED_AT_ONCE // (9 * outputs * input[0, 0].numel()))
+    results = [_double_rows(own, kernel, bias) for own in input.split(rows)]
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _double_rows(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """`_double` for some rows (n, in, height, width), by taps (9 * out, in, 1, 1)."""
+    height, width = rows.shape[2:]
+    taps = F.conv2d(rows, kernel, bias).unflatten(1, (3, 3, -1))
+    size = (len(rows), taps.shape[3], 2 * height, 2 * width)
+    layout = torch.channels_last if _is_channels_last(rows) else torch.contiguous_format
+    result = torch.empty(size, dtype=taps.dtype, device=taps.device, memory_format=layout)
+    copies = result.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    for down, own in enumerate(_met(taps[:, 0], taps[:, 1], taps[:, 2], -2)):
+        for right, pixels in enumerate(_met(own[:, 0], own[:, 1], own[:, 2], -1)):
+            copies[:, :, :, down, :, right] = pixels
+    return result
 
 
 def _met(before: Tensor, at: Tensor, after: Tensor, dim: int) -> tuple[Tensor, Tensor]:
