@@ -6,7 +6,7 @@ width `s` after the second; `i` = h e inner channels; `f` dense hidden units, `m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,9 +77,7 @@ def composed_plan(first: Plan, second: Plan) -> Plan:
         denoiser=first.denoiser,
         entries=entries,
         budget=", then ".join(budgets),
-        figures=_figures(first.figures, second.figures)
-        | _removed(entries)
-        | ({"upsamplers_fused": len(fused)} if fused else {}),
+        figures=_figures(first.figures, second.figures) | _counts(entries, fused),
         fused=fused,
     )
 
@@ -97,13 +95,14 @@ def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
     return figures
 
 
-def _removed(entries: Mapping[str, Entry]) -> dict[str, int]:
-    """How many layers went wholly, and how many heads of those that stay; what is 0 is left out."""
+def _counts(entries: Mapping[str, Entry], fused: Sequence[str]) -> dict[str, int]:
+    """Layers that went wholly, heads of those that stay, fused upsamplers; 0 is left out."""
     values = [entry for entry in entries.values() if entry.kind == "value_output"]
     others = [entry for entry in entries.values() if LAYERS[entry.kind] != "attention"]
     counts = {
         "layers_removed": sum(not entry.width for entry in (*values, *others)),
         "heads_removed": sum(own.dense_heads - own.heads for own in values if own.width),
+        "upsamplers_fused": len(fused),
     }
     return {name: count for name, count in counts.items() if count}
 

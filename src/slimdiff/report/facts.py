@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import FIGURES, KINDS, METRICS, figure_name, width_name
+from slimdiff.report.names import COUNTS, FIGURES, KINDS, METRICS, figure_name, width_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -131,7 +131,7 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ("predicted_error", "error_on_probes"):
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
-    for key in ("layers_removed", "heads_removed", "upsamplers_fused"):
+    for key in COUNTS:
         if figures.get(key):
             found[FIGURES[key]] = str(figures[key])
     return found

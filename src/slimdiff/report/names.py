@@ -30,6 +30,9 @@ FIGURES = {
     "scenes": "scenes drawn right",
 }
 
+COUNTS = ("layers_removed", "heads_removed", "upsamplers_fused")
+"""Figures of a plan that count what else changed; each only where it is not 0."""
+
 KINDS = {
     "query_key": "query-key",
     "value_output": "value-output",
