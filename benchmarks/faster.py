@@ -5,11 +5,10 @@
     python benchmarks/faster.py sdxl --allocation uniform
 
 Every layer is timed at several widths on this machine, attention with fewer heads too, upsamplers
-fused and not. Layers keep
-what loses least in that time by error curves that were measured on the model in bfloat16 with 32 by
-32 latents (probed; no layer goes wholly, for what a random one is worth says little), or all the
-same share of their width (uniform). Dense and slim are timed once more in turn at the end, apart
-from the search.
+fused and not. Layers keep what loses least in that time by error curves that were measured on the
+model in bfloat16 with 32 by 32 latents (probed; no layer goes wholly, for what a random one is
+worth says little), or all the same share of their width (uniform). Dense and slim are timed once
+more in turn at the end, apart from the search.
 """
 
 from __future__ import annotations

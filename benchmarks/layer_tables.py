@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rendering import made_by, table
@@ -20,12 +21,7 @@ def rest(result: dict[str, Any]) -> str:
         for name, row in rows.items()
         if kept[0] in row
     ]
-    budgets = [name.removesuffix(", with") for name in rows if name.endswith(", with")]
-    pairs = [[rows[f"{name}, {how}"]["error"] for how in ("without", "with")] for name in budgets]
-    plans = [
-        [name, f"{a:.2e}", f"{b:.2e}", f"{b / a:.2f}"]
-        for name, (a, b) in zip(budgets, pairs, strict=True)
-    ]
+    plans = _beside(rows, "without", "with")
     alone = ("layer", "of all parameters", "of all MACs", *(f"{float(s):.0%} left" for s in kept))
     return (
         f"## The other layers, on scenes-unet\n\nShortcuts, down- and upsampling, projections into "
@@ -52,14 +48,7 @@ def upsamplers(result: dict[str, Any]) -> str:
         for name, row in rows.items()
         if "plain" in row
     ]
-    budgets = [name.removesuffix(", fused") for name in rows if name.endswith("MACs, fused")]
-    pairs = [
-        [rows[f"{name}, {how}"]["error"] for how in ("not fused", "fused")] for name in budgets
-    ]
-    plans = [
-        [name, f"{a:.2e}", f"{b:.2e}", f"{b / a:.2f}"]
-        for name, (a, b) in zip(budgets, pairs, strict=True)
-    ]
+    plans = _beside(rows, "not fused", "fused")
     head = ("upsampler", "plain", "fused", "times faster", "error, plain", "error, fused")
     return (
         f"## Fused upsamplers\n\nThe upsamplers of SD1.5 and SDXL, two rows, random weights, as "
@@ -69,3 +58,13 @@ def upsamplers(result: dict[str, Any]) -> str:
         f"{settings['error_prompts']} selection prompts.\n\n"
         f"{table(('left', 'not fused', 'fused', 'fused / not'), plans)}\n\n{made_by(result)}\n"
     )
+
+
+def _beside(rows: Mapping[str, Any], one: str, other: str) -> list[list[str]]:
+    """Budget, its error in either way, and the second over the first."""
+    budgets = [name.removesuffix(f", {one}") for name in rows if name.endswith(f", {one}")]
+    pairs = [[rows[f"{name}, {how}"]["error"] for how in (one, other)] for name in budgets]
+    return [
+        [name, f"{a:.2e}", f"{b:.2e}", f"{b / a:.2f}"]
+        for name, (a, b) in zip(budgets, pairs, strict=True)
+    ]

@@ -61,7 +61,7 @@ def timed(
     """Seconds of one upsampler both ways, and how far both are from float64."""
     torch.manual_seed(0)
     exact = Upsample2D(channels, use_conv=True).double()
-    plain = copy.deepcopy(exact).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack memory_format alone
+    plain = copy.deepcopy(exact).to(dtype).to(memory_format=layout)
     slim = {"version": 1, "linears": {}, "attentions": {}, "fused_upsamplers": {"": 2}}
     fused = reshape_(copy.deepcopy(plain), slim)
     x = torch.randn(2, channels, side, side, dtype=torch.float64)
