@@ -81,7 +81,13 @@ def slim(dense):
 
 def test_compress_writes_a_pipeline_and_says_so(slim):
     assert slim.done.returncode == 0, slim.done.stderr
-    for words in ("parameters", "MACs", "error on probes", "seconds to calibrate", "tiny-slim"):
+    for words in (
+        "parameters",
+        "MACs",
+        "error on held-out prompts",
+        "seconds to calibrate",
+        "tiny-slim",
+    ):
         assert words in slim.done.stdout
     load = re.search(r'DiffusionPipeline\.from_pretrained\("(.+?)"', slim.done.stdout)
     assert load and load[1] == "tiny-slim"

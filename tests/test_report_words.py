@@ -31,7 +31,7 @@ def test_figures_have_one_name():
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
         "velocity error, predicted",
-        "velocity error on probes",
+        "velocity error on held-out prompts",
         "layers removed wholly",
         "attention heads removed elsewhere",
         "upsamplers fused, at no loss",

@@ -86,7 +86,7 @@ def slim(dense: Path) -> Path:
     more = ("--component", "text_encoder", "--params", "0.8")
     done = shell("-m", "slimdiff", *options(dense, out, *more))
     assert done.returncode == 0, done.stderr
-    assert "error of the encoder's output on probes" in done.stdout
+    assert "error of the encoder's output on held-out prompts" in done.stdout
     assert "velocity" not in done.stdout
     return out
 

@@ -27,7 +27,8 @@ class Allocation:
     """How widths are chosen: the allocator, tying, the multiple and the entropic temperature.
 
     `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles;
-    with `heads` whole heads may go where curves say what is lost without them.
+    with `heads` whole heads may go where curves say what is lost without them. Layers that `kept`
+    names (`attention`, `projection`, ...) stay as they are.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Allocation:
     temperature: float = 0.3
     removable: frozenset[str] = frozenset()
     heads: bool = False
+    kept: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
@@ -113,6 +115,8 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
         if allocation.name == "probed" and whole and first.layer in allocation.removable:
             sizes = [Size(0, first.heads), *sizes]
+        if LAYERS[first.kind] in allocation.kept:
+            sizes = sizes[-1:]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles
 

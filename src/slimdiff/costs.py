@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimdiff.calls import flatten, nest
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.groups import FACTORED, Given, Group, Integers, Shapes, is_inward
 from slimdiff.layers import is_fused, layer_at, sides_of, weight_of
-from slimdiff.probes import flatten, nest
 
 
 @dataclass(frozen=True)

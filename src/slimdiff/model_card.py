@@ -109,10 +109,11 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         rows += [("Budget", plan.budget)] if plan.budget else []
         error = "Error of its output" if name in ENCODERS else "Velocity error"
         again = "started_from" in figures
+        whose = "held-out" if figures.get("held_out") else "the calibration's own"
         beside = ", against the slim model that this was made from" if again else ""
         for key, text in (
             ("predicted_error", f"{error}, predicted"),
-            ("error_on_probes", f"The same, measured on the calibration's own inputs{beside}"),
+            ("error_on_probes", f"The same, measured on {whose} prompts{beside}"),
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))

@@ -16,11 +16,12 @@ from slimdiff.bundles import Allocation
 from slimdiff.calibrate import calibrate
 from slimdiff.composition import composed_plan, earlier_record
 from slimdiff.config import CalibrationConfig, recipe_named
-from slimdiff.curves import ErrorCurve, probes_of
+from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
+from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand, check_budget, refuse_unfit
@@ -113,14 +114,14 @@ def _finish(
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
     name, denoiser = component_of(journal.pipe, journal.component)
-    probed, earlier = probes_of(denoiser, statistics), earlier_record(denoiser)
+    held_out, earlier = HeldOut(denoiser, statistics), earlier_record(denoiser)
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
         rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     if name in ENCODERS:
         plan.figures["component"] = name
-    plan.figures["error_on_probes"] = probed.error({})
+    plan.figures.update(held_out.figures())
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
     plan.figures["calibration"] = statistics.source

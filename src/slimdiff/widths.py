@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from slimdiff.budget import Budget
 from slimdiff.bundles import Allocation
+from slimdiff.choosing import best_of
 from slimdiff.composition import earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curve_file import CurveFile
@@ -18,7 +20,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.frontier import Frontier, frontier
 from slimdiff.heads import measure_heads
-from slimdiff.jobs import Job, as_fast, as_good, best_of
+from slimdiff.jobs import Job, as_fast, as_good
 from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit
 from slimdiff.prices import remaining, smallest_count
@@ -120,7 +122,7 @@ def allocate(
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":
         job, fit = as_fast(job, timed_rows, folder, progress)
-    return best_of(job, fit) if remove_layers else fit(job)
+    return best_of(job, fit, remove=remove_layers, progress=progress)
 
 
 def frontier_of(
@@ -159,7 +161,7 @@ def frontier_of(
     job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
     return frontier(
         lambda limit: job.plan(limit=limit),
-        job.lost,
+        functools.partial(job.lost, guided=True),
         remaining(job.costs, metric),
         smallest_count(job.groups, job.costs, metric, chosen, settings),
         metric,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import COUNTS, FIGURES, KINDS, METRICS, figure_name, width_name
+from slimdiff.report.names import COUNTS, ERRORS, FIGURES, KINDS, METRICS, figure_name, width_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -128,7 +128,7 @@ def plan_facts(results: Results) -> dict[str, str]:
     plan = results.get("plan") or {}
     figures = plan.get("figures") or {}
     found = {key: str(plan[key]) for key in ("recipe", "allocation", "budget") if plan.get(key)}
-    for key in ("predicted_error", "error_on_probes"):
+    for key in ERRORS:
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
     for key in COUNTS:
