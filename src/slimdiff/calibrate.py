@@ -30,6 +30,7 @@ from slimdiff.probes import Probes
 from slimdiff.record import recording
 from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.sweep import sweep_timesteps
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,12 +84,16 @@ def calibrate(
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
     runs = schedule(len(prompts), config)
     done = sum(len(run.prompts) for run in runs[: statistics.batches])
-    for own in runs[statistics.batches :]:
+    first = next(number for number, own in enumerate(runs) if not own.held_out)
+    for number, own in enumerate(runs[statistics.batches :], start=statistics.batches):
         recorder = recording(denoiser, groups, statistics, *settings, held_out=own.held_out)
         with recorder as adding, _step_weights(adding, denoiser, config, own.steps):
             if not own.compared:
                 adding.reservoir = None
             run(pipe, [prompts[place] for place in own.prompts], own, config)
+        if number == first and run is _sample:
+            kept = statistics.seen if statistics.held_out else statistics.probes
+            sweep_timesteps(denoiser, groups, statistics, kept, settings)
         statistics.probes.guidance = statistics.seen.guidance = _guidance(pipe, config)
         statistics.batches += 1
         done += len(own.prompts)

@@ -69,7 +69,8 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
-    num_prompts: own.NumPrompts = 128,
+    num_prompts: own.NumPrompts = 256,
+    steps_per_prompt: own.StepsPerPrompt = 5,
     timestep_weights: own.Weights = "uniform",
     num_probes: own.NumProbes = 32,
     statistics: own.Checkpoint = None,
@@ -99,6 +100,7 @@ def compress(
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
+    call |= {"steps_per_prompt": steps_per_prompt}
     config = CalibrationConfig(num_inference_steps=steps, **call)
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")

@@ -72,6 +72,14 @@ RemoveLayers = Annotated[
 NumPrompts = Annotated[
     int, calibration("How many prompts to use, from the start of the file.", "--num-prompts")
 ]
+StepsPerPrompt = Annotated[
+    int,
+    calibration(
+        "Denoising steps that most prompts run through: more prompts say more than more steps of "
+        "each. Held-out prompts, and one batch in 16, run through all --steps.",
+        "--steps-per-prompt",
+    ),
+]
 Weights = Annotated[
     str,
     calibration("uniform, or log: early denoising steps weigh more.", "--timestep-weights"),
@@ -79,7 +87,8 @@ Weights = Annotated[
 NumProbes = Annotated[
     int,
     calibration(
-        "Denoiser inputs kept: half to choose widths by, half to judge by.", "--num-probes"
+        "Points of held-out trajectories kept: half to choose widths by, half to judge by.",
+        "--num-probes",
     ),
 ]
 Checkpoint = Annotated[
