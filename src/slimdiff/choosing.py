@@ -9,6 +9,7 @@ plan without it is measured to lose less, it stays out.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 from slimdiff.errors import SlimdiffError
@@ -18,6 +19,8 @@ from slimdiff.joint import scaled
 from slimdiff.plan import Plan
 
 ROUNDS = 4
+
+logger = logging.getLogger(__name__)
 
 Fit = Callable[[Job], Plan]
 Progress = Callable[[str, int, int], None]
@@ -36,13 +39,14 @@ def best_of(job: Job, fit: Fit, *, remove: bool = True, progress: Progress | Non
         return fit(job)
     search = _Search(fit, progress)
     score, plan, job = search.agreed(job.removing() if remove else job)
-    for leave_out in _left_out(job, plan):
+    for name, leave_out in _left_out(job, plan).items():
         without = leave_out(job)
         try:
             other = fit(without)
         except SlimdiffError:  # the budget is out of reach without it
             continue
         own = search.score(without, other)
+        logger.info("without %s: %.3e, so far %.3e", name, own, score)
         if own < score:
             score, plan, job = own, other, without
     return plan
@@ -68,6 +72,7 @@ class _Search:
                     raise
                 break  # out of reach by what the curves say now
             curves, error, agreed = scaled(job.shared.choosing, job.shared.swaps, plan, job.curves)
+            logger.info("predicted %.2e, measured %.2e", plan.figures["predicted_error"], error)
             plan.figures["predicted_error"] = error
             job = job.predicting(curves)
             found.append((self.score(job, plan), plan, job))
@@ -85,12 +90,13 @@ class _Search:
         return job.loses(plan)
 
 
-def _left_out(job: Job, plan: Plan) -> list[Callable[[Job], Job]]:
-    """For each thing that a plan does: the same job without it."""
-    ways: list[Callable[[Job], Job]] = []
+def _left_out(job: Job, plan: Plan) -> dict[str, Callable[[Job], Job]]:
+    """For each thing that a plan does, by name: the same job without it."""
+    ways: dict[str, Callable[[Job], Job]] = {}
     if plan.figures.get("heads_removed"):
-        ways.append(lambda job: job.allowing(heads=False))
+        ways["fewer heads"] = lambda job: job.allowing(heads=False)
     if plan.figures.get("layers_removed"):
-        ways.append(lambda job: job.allowing(removable=frozenset()))
-    changed = {LAYERS[group.kind] for group in plan.changed(job.groups)}
-    return ways + [functools.partial(Job.keeping, layers=layers) for layers in sorted(changed)]
+        ways["removal"] = lambda job: job.allowing(removable=frozenset())
+    for layers in sorted({LAYERS[group.kind] for group in plan.changed(job.groups)}):
+        ways[layers] = functools.partial(Job.keeping, layers=layers)
+    return ways
