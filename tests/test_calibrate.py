@@ -77,7 +77,7 @@ def test_every_prompt_runs_once_and_held_out_ones_through_all_steps(
     assert sorted(place for run in runs for place in run.prompts) == list(range(count))
     held = [place for run in runs if run.held_out for place in run.prompts]
     assert held == held_out(count) and len(held) < count
-    assert count < 8 or 2 <= len(held) <= max(2, round(count / 10))
+    assert count < 8 or 2 <= len(held) <= max(4, round(count / 10))
     assert all(run.steps == steps for run in runs if run.held_out)
     others = [run.steps for run in runs if not run.held_out]
     assert others[::WHOLE] == [steps] * len(others[::WHOLE]), "every timestep is visited"

@@ -142,13 +142,15 @@ def schedule(count: int, config: CalibrationConfig) -> list[Run]:
 
 
 def held_out(count: int) -> list[int]:
-    """Places of the prompts that give probes and no moments: a tenth, at least two of eight.
+    """Places of the prompts that give probes and no moments.
 
-    A single prompt is not held out: its inputs are all there is.
+    A tenth of them, but at least four of sixteen, two of eight and one of two: half of them choose
+    widths, the others judge. A single prompt is not held out: its inputs are all there is.
     """
     if count < 2:
         return []
-    few = min(MOST_HELD_OUT, max(2 if count >= 8 else 1, round(count / 10)))
+    least = 4 if count >= 16 else 2 if count >= 8 else 1
+    few = min(MOST_HELD_OUT, max(least, round(count / 10)))
     return [(2 * i + 1) * count // (2 * few) for i in range(few)]
 
 
