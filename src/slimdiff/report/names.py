@@ -29,7 +29,7 @@ FIGURES = {
     "frechet": "Fréchet distance",
     "kernel": "kernel distance",
     "clip": "CLIP score",
-    "scenes": "scenes drawn right",
+    "scenes": "pictures drawn right",
 }
 
 ERRORS = ("predicted_error", "error_guided", "error_on_probes", "error_on_seen")
