@@ -196,7 +196,7 @@ def test_the_bundled_emoji_model_predicts_what_it_was_trained_to() -> None:
     from slimdiff.reference import load_reference
 
     kind, pipe = reference("emoji-unet"), load_reference("emoji-unet")
-    shard = make_shard(kind.world, pipe.vae, pipe.vae.config.scaling_factor, 8, 0)
+    shard = make_shard(pipe.vae, pipe.vae.config.scaling_factor, 8, 0, kind.world)
     denoising = kind.denoising(kind.parts(pipe))
     with torch.no_grad():
         loss = denoising.loss(shard, torch.Generator().manual_seed(0))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slimdiff.reference.parallel import rank, wait
 from slimdiff.reference.world import World
+from slimdiff.reference.worlds import SCENES
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def encode(vae: Any, pixels: Tensor, scaling: float, chunk: int = 64) -> Tensor:
     return torch.cat(parts)
 
 
-def make_shard(world: World, vae: Any, scaling: float, size: int, seed: int) -> Shard:
+def make_shard(vae: Any, scaling: float, size: int, seed: int, world: World = SCENES) -> Shard:
     """Draw and encode `size` pictures of the training split."""
     drawn = world.draw("train", size, seed)
     latents = encode(vae, drawn.pixels, scaling).half().cpu().contiguous()
@@ -50,7 +51,7 @@ def make_shard(world: World, vae: Any, scaling: float, size: int, seed: int) -> 
 
 
 def cached_shard(
-    folder: Path, world: World, vae: Any, scaling: float, size: int, seed: int
+    folder: Path, vae: Any, scaling: float, size: int, seed: int, world: World = SCENES
 ) -> Shard:
     """The shard of `seed`, from `folder` when an earlier run left it there."""
     from safetensors.torch import load_file, save_file
@@ -59,7 +60,7 @@ def cached_shard(
     if not path.exists() and rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(vars(make_shard(world, vae, scaling, size, seed)), partial)
+        save_file(vars(make_shard(vae, scaling, size, seed, world)), partial)
         os.replace(partial, path)
     wait()
     return Shard(**load_file(path))
@@ -71,16 +72,16 @@ class Pool:
     def __init__(
         self,
         folder: Path,
-        world: World,
         vae: Any,
         scaling: float,
+        world: World = SCENES,
         *,
         size: int,
         first: int,
         every: int,
         most: int,
     ) -> None:
-        self.make = lambda seed: cached_shard(folder, world, vae, scaling, size, seed)
+        self.make = lambda seed: cached_shard(folder, vae, scaling, size, seed, world)
         self.size, self.first, self.every, self.most = size, first, every, most
         self.device = vae.device
         self.shards, self.data = 0, Shard(*[torch.empty(0)] * 3)

@@ -18,6 +18,7 @@ from slimdiff.reference.build import (
     text_config,
 )
 from slimdiff.reference.objective import TIMESTEPS, Denoising
+from slimdiff.reference.tokenizer import encode_captions
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -96,6 +97,7 @@ class DitReference(Architecture):
         transformer.set_attn_processor(PlainJointAttention())  # type: ignore[operator]  # diffusers
         device = device_of(networks)
         lengths = torch.tensor(EMPTY_TOKENS, device=device)
+        blank = encode_captions(self.world.tokenizer(), [""])
 
         def corrupt(clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
             sigma = ((steps + 1) / TIMESTEPS)[:, None, None, None]
@@ -116,7 +118,7 @@ class DitReference(Architecture):
                 return_dict=False,
             )[0]
 
-        return Denoising(corrupt, predict, self.world.tokenize([""]).to(device))
+        return Denoising(corrupt, predict, blank.to(device))
 
     def assemble(
         self, vae: Any, networks: Mapping[str, nn.Module], scaling: float

@@ -26,6 +26,7 @@ TRAINABLE: dict[str, Reference] = {
         unet_channels=(128, 192, 224),
         unet_heads=(3, 4, 4),
         attention_levels=3,
+        muon_text=True,
         rates=Rates(adam=1e-3, weight_decay=0.02),
     ),
 }

@@ -171,9 +171,9 @@ class Trainer:
         c = self.config
         return Pool(
             c.out / "shards",
-            self.kind.world,
             self.vae,
             self.scaling,
+            self.kind.world,
             size=c.shard,
             first=c.first_shards,
             every=c.shard_every,

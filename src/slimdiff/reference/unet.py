@@ -18,6 +18,7 @@ from slimdiff.reference.build import (
     text_config,
 )
 from slimdiff.reference.objective import Denoising
+from slimdiff.reference.tokenizer import encode_captions
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -36,6 +37,7 @@ class UnetReference(Architecture):
     unet_channels: tuple[int, int, int] = (96, 160, 160)
     unet_heads: tuple[int, int, int] = (2, 4, 4)
     attention_levels: int = 2
+    muon_text: bool = False
 
     def __post_init__(self) -> None:
         for channels in self.unet_channels:
@@ -56,7 +58,7 @@ class UnetReference(Architecture):
     def training(self) -> str:
         """How the denoiser was trained."""
         taught = self.world.teach is not None
-        muon = "the UNet's matrices" if taught else "the matrices of UNet and text encoder"
+        muon = "the matrices of UNet and text encoder" if self.muon_text else "the UNet's matrices"
         text = "first learnt to read captions, then was" if taught else "was from the beginning"
         return (
             f"Muon for {muon}, AdamW for the rest, averaged weights. The text encoder {text} "
@@ -81,11 +83,11 @@ class UnetReference(Architecture):
     def is_matrix(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon trains it: inner convolutions and linear layers of the UNet.
 
-        And those of a text encoder that nothing has taught before.
+        With `muon_text`, linear layers of the text encoder too.
         """
         if name.startswith("unet."):
             return parameter.ndim >= 2 and not any(word in name for word in OUTER)
-        return self.world.teach is None and parameter.ndim >= 2 and ".layers." in name
+        return self.muon_text and parameter.ndim >= 2 and ".layers." in name
 
     def denoising(self, networks: Mapping[str, nn.Module]) -> Denoising:
         """v-prediction by the scheduler's signal shares."""
@@ -94,6 +96,7 @@ class UnetReference(Architecture):
         if device.type == "cpu":
             unet.set_attn_processor(PlainAttention())  # type: ignore[operator]  # a diffusers model
         alphas = build_scheduler().alphas_cumprod.to(device)
+        blank = encode_captions(self.world.tokenizer(), [""])
 
         def corrupt(clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
             signal = alphas[steps, None, None, None]
@@ -107,7 +110,7 @@ class UnetReference(Architecture):
             noisy = noisy.to(states.dtype).contiguous(memory_format=torch.channels_last)
             return unet(noisy, steps, states, return_dict=False)[0]
 
-        return Denoising(corrupt, predict, self.world.tokenize([""]).to(device))
+        return Denoising(corrupt, predict, blank.to(device))
 
     def assemble(
         self, vae: Any, networks: Mapping[str, nn.Module], scaling: float

@@ -89,7 +89,8 @@ EMOJI = World(
         "once. The likeness of an image to its true glyph, where it fits best, is one minus their "
         "squared difference over the sum of their squares, both less the background: 1 is equal, "
         "0 is nothing drawn. The margin is (w - t) / (w + t) of the distances t to the true glyph "
-        "and w to the nearest wrong one, -1 where nothing is drawn. Both are means over all images.",
+        "and w to the nearest wrong one, -1 where nothing is drawn. Both are means over all "
+        "images.",
         credits="Trained on pictures of Noto Emoji (Google, Apache-2.0), Twemoji (Twitter, Inc and "
         "other contributors, CC-BY 4.0) and Fluent Emoji (Microsoft Corporation, MIT), of the npm "
         "packages emoji-datasource-google 16.0.0, emoji-datasource-twitter 16.0.0 and "
