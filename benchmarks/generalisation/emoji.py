@@ -103,7 +103,7 @@ class EmojiWorld:
     """
 
     one_in: int = 3
-    name, latent_channels, guidance, shards = "emoji", 8, 2.0, 4
+    name, latent_channels, guidance, shards = "emoji", 8, 2.0, 3
 
     def vae(self) -> Any:
         """The autoencoder of the emoji reference."""

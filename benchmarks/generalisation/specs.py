@@ -48,7 +48,7 @@ SPECS: dict[str, ModelSpec] = {
                 "unet_heads": (2, 3, 4),
                 "norm_groups": 16,
             },
-            steps=360,
+            steps=280,
         ),
         ModelSpec(
             "emoji-unet-small",
@@ -61,7 +61,7 @@ SPECS: dict[str, ModelSpec] = {
                 "norm_groups": 32,
                 "levels": 3,
             },
-            steps=600,
+            steps=400,
         ),
         ModelSpec(
             "emoji-sd3-small",
@@ -69,7 +69,7 @@ SPECS: dict[str, ModelSpec] = {
             "emoji",
             seed=303,
             widths={"heads": 4, "head_width": 40, "layers": 5},
-            steps=800,
+            steps=600,
         ),
         ModelSpec(
             "scenes-unet-deep",
