@@ -17,10 +17,10 @@ from generalisation.emoji import CACHE, EmojiWorld, source
 from generalisation.specs import SPECS
 from generalisation.training import CALIBRATION, TEST, sampling_of
 from generalisation.worlds import ScenesWorld
+from slimdiff.calls import bound
 from slimdiff.checkpoint import load_pipeline
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate import generate
-from slimdiff.probes import bound
 from slimdiff.reference.bundled import bundled_path
 
 Call = tuple[dict[str, Any], Tensor]

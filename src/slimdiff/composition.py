@@ -1,5 +1,8 @@
 """Composition: two slimmings, one after the other, told as one of the dense denoiser.
 
+The maps of a denoiser that was healed in between are joined all the same: they say which heads and
+units stay and how channels are mixed, but no longer give the weights.
+
 Shape letters: `h` dense heads of width `e`; `K` heads of width `r` after the first slimming, `L` of
 width `s` after the second; `i` = h e inner channels; `f` dense hidden units, `m` after the first.
 """

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimdiff.components import absent_components, loading_call
-from slimdiff.denoiser import ENCODERS, slim_components
+from slimdiff.denoiser import ENCODERS, settings, slim_components
 from slimdiff.plan import Entry, Plan
 from slimdiff.report.names import width_name
 
@@ -49,7 +49,7 @@ def model_card(pipe: Any, title: str, call: str) -> str:
     parts += [_loading(title, list(slim), call)]
     for name, module in slim.items():
         if plan := _plan_of(module):
-            parts += [_groups(name, plan), _maps(name)]
+            parts += [_groups(name, plan), _maps(name, _healed(module))]
     parts += [_versions()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -92,11 +92,21 @@ def _introduction(slim: Mapping[str, nn.Module], base: str) -> str:
     classes = {name: type(module).__name__.removeprefix("Slim") for name, module in slim.items()}
     *most, last = [f"{name}{of} (`{dense}`)" for name, dense in classes.items()]
     named = " and the ".join([*([", the ".join(most)] if most else []), last])
+    trained = (
+        "and then healed: trained to predict what the original predicts along its own "
+        "trajectories, without images or labels"
+    )
+    how = trained if any(_healed(module) for module in slim.values()) else "without training"
     return (
         f"The {named} with narrower layers, made by "
-        f"slimdiff in closed form from calibration prompts, without training. All other "
+        f"slimdiff in closed form from calibration prompts, {how}. All other "
         f"components are as they were."
     )
+
+
+def _healed(module: nn.Module) -> bool:
+    """Whether its weights were trained after some slimming."""
+    return "healed" in (settings(module).get("slimdiff") or {})
 
 
 def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
@@ -111,15 +121,24 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         again = "started_from" in figures
         whose = "held-out" if figures.get("held_out") else "the calibration's own"
         beside = ", against the slim model that this was made from" if again else ""
+        beside += ", before healing" if "healed" in figures else ""
         for key, text in (
             ("predicted_error", f"{error}, predicted"),
             ("error_on_probes", f"The same, measured on {whose} prompts{beside}"),
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))
+        rows += _healing(figures["healed"]) if "healed" in figures else []
         if plan.fused:
             rows.append(("Upsamplers fused, which changes no output", str(len(plan.fused))))
     return _table(("", ""), rows)
+
+
+def _healing(healed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    errors = " to ".join(f"{healed[key]:.2e}" for key in ("before", "after"))
+    told = f"{healed['steps']:,} steps, {healed['seconds'] / 60:.1f} minutes"
+    prompts = f"{healed['prompts']:,} prompts, {healed['held_out']:,} others to judge by"
+    return [("Healing", f"{told}, {prompts}"), ("Velocity error on those others", errors)]
 
 
 def _before_and_after(
@@ -190,13 +209,14 @@ def _narrowed(entry: Entry) -> str:
     return f"{entry.dense_width} to {entry.width}" if entry.width else width_name(0)
 
 
-def _maps(name: str) -> str:
+def _maps(name: str, healed: bool) -> str:
     of = f" of the {name}" if name in ENCODERS else ""
+    until, nearly = (", as they were before healing", ", if not quite") if healed else ("", "")
     return (
         f"## Plan and maps{of}\n\n`{name}/slimdiff.json` is the plan; "
         f"`{name}/slimdiff_maps.safetensors` holds the small matrices that take the original "
-        f"weights to these. A LoRA made for the original model does not fit the narrow layers as "
-        f"it is: the maps are what carries it over."
+        f"weights to these{until}. A LoRA made for the original model does not fit the narrow "
+        f"layers as it is: the maps are what carries it over{nearly}."
     )
 
 

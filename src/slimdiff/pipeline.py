@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
+from slimdiff.heal import check_heal, heal_slimmed
 from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
@@ -51,6 +53,7 @@ def compress(
     layers: Sequence[str] | None = None,
     component: str | None = None,
     config: CalibrationConfig | None = None,
+    heal: float | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
     pictures: int = 4,
@@ -64,10 +67,9 @@ def compress(
         budget, plan: what the component may hold afterwards, or the widths to use instead.
         recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
-        config: how calibration samples.
-        checkpoint: folder to save statistics and error curves to, and to resume from.
+        config, heal: how calibration samples; minutes to train afterwards, see `slimdiff.heal`.
+        checkpoint, progress: folder to save to and resume from; called with (stage, done, in all).
         results, pictures: file for `slimdiff report`, and how many prompts are drawn for it.
-        progress: called with (stage, done, in all).
 
     Raises:
         SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
@@ -78,15 +80,15 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer["remove_layers"] = remove_layers
-    _refuse_impossible(pipe, component, config, budget, plan, how | finer)
-    done = (results, pictures if results else 0, {"budget": budget} | how | finer, component)
+    told = {"budget": budget, "heal": heal} | how | finer
+    _refuse_impossible(pipe, prompts, component, config, plan, told)
+    done = (results, pictures if results else 0, told, component)
     journal = Journal(pipe, list(prompts), config, *done)
     journal.draw("dense")
-    progress = journal.noting(progress)
-    kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
-    once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
+    kept: dict[str, Any] = {"folder": checkpoint, "progress": journal.noting(progress)}
+    once = {"component": component, "checkpoint": checkpoint, "progress": kept["progress"]}
     with journal.timed("calibrate"):
-        statistics = calibrate(pipe, prompts, config, **once, progress=progress)
+        statistics = calibrate(pipe, prompts, config, **once)
     curves: dict[str, ErrorCurve] = {}
     if budget is not None:
         with journal.timed("allocate"):
@@ -94,7 +96,7 @@ def compress(
             plan = allocate(denoiser, statistics, budget, **how, **finer, **kept, curves=curves)
     else:
         plan = _given(denoiser, statistics, plan)
-    _finish(journal, statistics, plan, curves, progress)
+    _finish(journal, statistics, plan, curves, **kept)
     return plan
 
 
@@ -111,9 +113,11 @@ def _finish(
     plan: Plan,
     curves: Mapping[str, ErrorCurve],
     progress: Progress | None,
+    folder: str | Path | None,
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
     name, denoiser = component_of(journal.pipe, journal.component)
+    dense = copy.deepcopy(denoiser) if journal.settings["heal"] else None
     held_out, earlier = HeldOut(denoiser, statistics), earlier_record(denoiser)
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
@@ -122,6 +126,8 @@ def _finish(
     if name in ENCODERS:
         plan.figures["component"] = name
     plan.figures.update(held_out.figures())
+    if dense is not None:
+        heal_slimmed(journal, dense, plan, held_out, folder, progress)
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
     plan.figures["calibration"] = statistics.source
@@ -138,14 +144,16 @@ def _finish(
 
 def _refuse_impossible(
     pipe: Any,
+    prompts: Sequence[str],
     component: str | None,
     config: CalibrationConfig,
-    budget: Budget | None,
     plan: Plan | None,
     how: dict[str, Any],
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
+    budget: Budget | None = how["budget"]
+    check_heal(how["heal"], prompts, name)
     if earlier_record(denoiser) is not None:
         logger.warning("warning: the model is slim already: shares are of what it has by now")
     if (budget is None) == (plan is None):

@@ -12,11 +12,13 @@ that config.json holds under "slimdiff":
      "factored": {"<path of a linear or convolution>": rank},
      "fused_upsamplers": {"<path of an Upsample2D>": 2},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
-     "constants": {"<path of a layer that was removed>": channels}}
+     "constants": {"<path of a layer that was removed>": channels},
+     "healed": {"steps": 500}}
 
 qk and vo are channels per head of queries and keys, and of values. A layer that was removed puts
-out a constant. A fused upsampler convolves before it doubles. `convolutions`, `norms`, `factored`,
-`fused_upsamplers` and `constants` may be left out.
+out a constant. A fused upsampler convolves before it doubles. `healed` says that the weights were
+trained afterwards, so that the maps no longer give them. `convolutions`, `norms`, `factored`,
+`fused_upsamplers`, `constants` and `healed` may be left out.
 """
 
 from __future__ import annotations

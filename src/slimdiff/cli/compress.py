@@ -33,6 +33,10 @@ and seed too) are the same.
 
 A pipeline that is slim already can be slimmed again; shares are then of what it has by now.
 
+With `--heal MINUTES` the slim denoiser is trained afterwards to predict what the dense one does
+for these prompts, along trajectories that the dense pipeline samples; one prompt in ten is held out
+to judge by. It stops by itself when the error no longer falls, and keeps the best weights.
+
 An earlier slim pipeline in OUT is replaced once the new one is complete; other folders are refused.
 
 **Examples**
@@ -42,6 +46,7 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
 - `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
+- `slimdiff compress ./model --prompts captions.txt --macs 0.5 --heal 30`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --component text_encoder --params 0.7 -o out`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
@@ -69,6 +74,7 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
+    heal: own.Heal = None,
     num_prompts: own.NumPrompts = 256,
     steps_per_prompt: own.StepsPerPrompt = 5,
     timestep_weights: own.Weights = "uniform",
@@ -96,7 +102,7 @@ def compress(
     choices = (recipe, allocation, untied, multiple, temperature, component)
     job = _how(plan, budgets, layers, *choices)
     if low_memory:
-        return _stream(where, out, statistics, job, variant)
+        return _stream(where, out, statistics, job | {"heal": heal}, variant)
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
@@ -106,6 +112,7 @@ def compress(
     checkpoint = statistics or outcome.beside(out, "statistics")
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
     more = {"config": config, "checkpoint": checkpoint, "remove_layers": remove_layers}
+    more["heal"] = heal
     job |= more | (page if report else {})
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
@@ -141,7 +148,9 @@ def _stream(
         raise SlimdiffError(f"{where.path}: --low-memory reads a folder; download the model first")
     if job["component"] in ENCODERS:
         raise SlimdiffError("--low-memory is for denoisers; leave it out for a text encoder")
-    unknown = ("temperature", "component")
+    if job["heal"] is not None:
+        raise SlimdiffError("--low-memory runs nothing, so nothing can be healed: leave out --heal")
+    unknown = ("temperature", "component", "heal")
     job = {name: value for name, value in job.items() if name not in unknown}
     with console.Bars() as bars:
         more = job | {"variant": variant, "progress": bars}

@@ -69,6 +69,14 @@ RemoveLayers = Annotated[
         "--remove-layers/--keep-layers",
     ),
 ]
+Heal = Annotated[
+    float | None,
+    recipe(
+        "Minutes to train the slim denoiser for afterwards, so that it predicts what the dense one "
+        "does for the same prompts; needs no images, and memory for both. Default: not at all.",
+        "--heal",
+    ),
+]
 NumPrompts = Annotated[
     int, calibration("How many prompts to use, from the start of the file.", "--num-prompts")
 ]

@@ -66,7 +66,14 @@ def _sampling(plan: Plan) -> str:
 
 def _table(plan: Plan, title: str) -> Any:
     from slimdiff.report import numbers
-    from slimdiff.report.names import COUNTS, ERRORS, FIGURES, figure_name, stage_told
+    from slimdiff.report.names import (
+        COUNTS,
+        ERRORS,
+        FIGURES,
+        figure_name,
+        healed_told,
+        stage_told,
+    )
 
     figures, shown = plan.figures, console.table(title, COLUMNS)
     for key in ("params", "macs"):
@@ -82,6 +89,10 @@ def _table(plan: Plan, title: str) -> Any:
             ends = figures.get("error_interval", []) if key == "error_on_probes" else []
             row = (figure_name(key, figures), "", numbers.error(figures[key]))
             shown.add_row(*row, " to ".join(map(numbers.error, ends)))
+    if "healed" in figures:
+        healed = figures["healed"]
+        before, after = (numbers.error(healed[key]) for key in ("before", "after"))
+        shown.add_row(FIGURES["healed"], before, after, healed_told(healed))
     for key in COUNTS:
         if figures.get(key):
             shown.add_row(FIGURES[key], "", str(figures[key]), "")

@@ -65,7 +65,7 @@ def generate(
                 output_type=output_type,
                 **optional,
             )
-            images.extend(output.images)
+            images.extend(output[0])  # those of a text-to-video pipeline are called frames
     return images
 
 

@@ -20,6 +20,7 @@ FIGURES = {
     "error_guided": "velocity error, guided, on held-out prompts",
     "error_on_probes": "velocity error on held-out prompts",
     "error_on_seen": "velocity error on calibration prompts",
+    "healed": "healing: error on held-out prompts",
     "layers_removed": "layers removed wholly",
     "heads_removed": "attention heads removed elsewhere",
     "upsamplers_fused": "upsamplers fused, at no loss",
@@ -59,14 +60,24 @@ KIND_COLOURS = 7
 
 
 def figure_name(key: str, figures: Mapping[str, Any]) -> str:
-    """What one of `FIGURES` is called among those of a plan: a text encoder has no velocity."""
+    """What one of `FIGURES` is called among those of a plan: a text encoder has no velocity.
+
+    Errors of a plan that was healed are those of the closed form.
+    """
     name = FIGURES[key]
     if figures.get("held_out") is False:
         name = name.replace("held-out", "calibration")
     if "error_guided" not in figures:
         name = name.replace(", guided", "")
+    if "healed" in figures and key in ERRORS:
+        name += ", before healing"
     encoder = figures.get("component")
     return name.replace("velocity error", "error of the encoder's output") if encoder else name
+
+
+def healed_told(healed: Mapping[str, Any]) -> str:
+    """What healing took, and what ended it."""
+    return f"{healed['steps']} steps, ended by {healed['stopped']}"
 
 
 def kind_name(kind: str) -> str:
