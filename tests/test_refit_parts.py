@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimdiff
-from slimdiff.decompose.ridge import Moments, Rows, chosen_step, ridge_step
+from slimdiff.decompose.ridge import Moments, Rows, chosen_steps, ridge_step
 from slimdiff.evaluate.sampling import one_row_of
 from slimdiff.refitting.calls import samples_of, thinned
 from slimdiff.refitting.layers import candidates, units
@@ -28,6 +28,10 @@ def rows(n: int, inputs: int, outputs: int, seed: int = 0, noise: float = 0.3) -
     x = torch.randn(n, inputs, generator=chance).double()
     truth = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(9)).double()
     return Rows(x, x @ truth + noise * torch.randn(n, outputs, generator=chance))
+
+
+def loss(given: Rows, step: Tensor | None = None) -> float:
+    return float(given.losses(step).sum())
 
 
 def moments(*parts: Rows) -> Moments:
@@ -72,23 +76,36 @@ def test_moments_do_not_depend_on_how_rows_come() -> None:
 @pytest.mark.parametrize("n", [2, 40, 400])
 def test_a_chosen_step_never_loses_more_on_held_out_rows(n: int) -> None:
     held_out = rows(50, 30, 4, seed=100)
-    step = chosen_step(moments(rows(n, 30, 4)), held_out)
-    assert step.before == pytest.approx(held_out.loss())
+    [step] = chosen_steps(moments(rows(n, 30, 4)), held_out, [4])
+    assert step.before == pytest.approx(loss(held_out))
     assert step.after <= step.before
     if step.step_io is not None:
-        assert held_out.loss(step.step_io) == pytest.approx(step.after)
+        assert loss(held_out, step.step_io) == pytest.approx(step.after)
         assert step.after < step.before
+
+
+def test_layers_of_the_same_inputs_are_solved_as_each_alone() -> None:
+    both, held_out = rows(60, 8, 5), rows(40, 8, 5, seed=7)
+    got = chosen_steps(moments(both), held_out, [2, 3])
+    for own, part in zip(got, (slice(0, 2), slice(2, 5)), strict=True):
+        alone = [Rows(given.x_ni, given.r_no[:, part]) for given in (both, held_out)]
+        [want] = chosen_steps(moments(alone[0]), alone[1], [part.stop - part.start])
+        assert own.strength == want.strength
+        torch.testing.assert_close(own.step_io, want.step_io)
+        assert own.after == pytest.approx(want.after)
 
 
 def test_more_rows_choose_a_weaker_ridge_and_noise_none() -> None:
     held_out = rows(200, 30, 4, seed=100, noise=9.0)
-    few, many = (chosen_step(moments(rows(n, 30, 4, noise=9.0)), held_out) for n in (40, 4000))
+    few, many = (
+        chosen_steps(moments(rows(n, 30, 4, noise=9.0)), held_out, [4])[0] for n in (40, 4000)
+    )
     assert few.strength is not None and many.strength is not None
     assert many.strength < few.strength
     chance = torch.Generator().manual_seed(0)
     noise = [Rows(torch.randn(9, 30, generator=chance), torch.randn(9, 4, generator=chance))] * 2
     unlike = Rows(noise[0].x_ni, -noise[0].r_no)
-    assert chosen_step(moments(noise[0]), unlike).step_io is None
+    assert chosen_steps(moments(noise[0]), unlike, [4])[0].step_io is None
 
 
 def test_singular_moments_give_finite_steps() -> None:
@@ -98,7 +115,7 @@ def test_singular_moments_give_finite_steps() -> None:
     step = ridge_step(*moments(given).normal, 1e-4)
     assert step.isfinite().all()
     assert step[0].abs().max() == 0
-    assert given.loss(step) < given.loss()
+    assert loss(given, step) < loss(given)
 
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -217,11 +234,11 @@ def check_gate(slim: nn.Module, layer: Any, call: dict[str, Any]) -> None:
     """A change of the output reaches the stream in proportion, and by the gate if it has one."""
     replay = Replay(slim, [call], [layer.path])
     module = slim.get_submodule(layer.path)
-    _, y, before = replay.seen(0, layer.path, layer.site)
+    _, [y], before = replay.seen(0, [layer.path], layer.site)
     moved = []
     for size in (0.5, 1.5):
         with changed(module, lambda y, size=size: size * torch.sin(7 * y)):
-            moved.append(replay.seen(0, layer.path, layer.site)[2] - before)
+            moved.append(replay.seen(0, [layer.path], layer.site)[2] - before)
     torch.testing.assert_close(moved[1], 3 * moved[0], rtol=1e-3, atol=1e-4)
     if not layer.site.gated:
         want = layer.site.gate * 0.5 * torch.sin(7 * y)
@@ -238,11 +255,11 @@ def test_replayed_runs_are_whole_runs_whatever_was_kept(name: str) -> None:
     with replay.keeping(units(slim, groups, one)):
         for layer in layers:
             for index in range(2):
-                got = replay.seen(index, layer.path, layer.site)
+                got = replay.seen(index, [layer.path], layer.site)
                 plain = Replay(slim, calls[:2], []).seen
                 kept, skipped = got, None
                 with unkept(slim):
-                    skipped = plain(index, layer.path, layer.site)
+                    skipped = plain(index, [layer.path], layer.site)
                 torch.testing.assert_close(kept[2], skipped[2])
             weight: Any = slim.get_submodule(layer.path).weight
             weight.data.mul_(1 + 0.01 * torch.rand((), generator=chance))

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.decompose.ridge import Moments, Rows, chosen_step, joined
+from slimdiff.decompose.ridge import Moments, Rows, chosen_steps, joined
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import one_row_of
 from slimdiff.families import groups_of
 from slimdiff.refitting.calls import samples_of
-from slimdiff.refitting.layers import Candidate, candidates, units
+from slimdiff.refitting.layers import Candidate, candidates, together, units
 from slimdiff.refitting.replay import Replay
 from slimdiff.refitting.rows import inputs_at, picked
 from slimdiff.refitting.sites import changed, tensors_in
@@ -87,6 +87,7 @@ def refit(
     held_out: Calls,
     settings: RefitSettings | None = None,
     *,
+    weights: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> RefitResult:
     """Refit the layers of `slim` in place on its own inputs, towards what `dense` does.
@@ -100,6 +101,7 @@ def refit(
         calls: keyword arguments of denoiser calls, each of a few samples, to solve on.
         held_out: others, of prompts that are not among those of `calls`, to judge on.
         settings: how.
+        weights: of the samples of each call (samples,), for `calls` and `held_out`; 1 by default.
         progress: called with ("refit", layers done, layers in all).
 
     Raises:
@@ -113,7 +115,7 @@ def refit(
         )
     layers = candidates(dense, slim, groups_of(slim), one_row_of(dict(held_out[0])))
     layers = [layer for layer in layers if settings.inward or not layer.inward]
-    job = _Job(dense, slim, layers, calls, held_out, settings)
+    job = _Job(dense, slim, layers, calls, held_out, settings, weights)
     return job.run(progress)
 
 
@@ -128,9 +130,11 @@ class _Job:
         calls: Calls,
         held_out: Calls,
         settings: RefitSettings,
+        weights: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
         self.dense, self.slim, self.layers = dense, slim, layers
         self.calls, self.fitted = [*calls, *held_out], len(calls)
+        self.weights = None if weights is None else [*weights[0], *weights[1]]
         samples = sum(samples_of(call) for call in calls)
         counts = {layer.path: self._count(layer, samples, settings) for layer in layers}
         self.targets = Targets(dense, slim, layers, counts, settings.seed)
@@ -145,55 +149,81 @@ class _Job:
         before, result = saved(self.slim, paths), RefitResult()
         replay = Replay(self.slim, self.calls, paths)
         result.before = self._error()
-        with replay.keeping(
-            units(self.slim, groups_of(self.slim), one_row_of(dict(self.calls[0])))
-        ):
-            for done, layer in enumerate(self.layers, start=1):
-                result.layers.append(self._refit(replay, layer))
-                replay.finish(layer.path)
-                self.targets.rows.pop(layer.path)
+        one = one_row_of(dict(self.calls[0]))
+        with replay.keeping(units(self.slim, groups_of(self.slim), one)):
+            for layers in together(self.layers):
+                result.layers += self._refit(replay, layers)
+                for layer in layers:
+                    replay.finish(layer.path)
+                    self.targets.rows.pop(layer.path)
                 if progress is not None:
-                    progress("refit", done, len(paths))
+                    progress("refit", len(result.layers), len(paths))
         result.after = self._error()
         result.kept = result.after < result.before
         if not result.kept:
             restore_(self.slim, before)
         return result
 
-    def _refit(self, replay: Replay, layer: Candidate) -> LayerRefit:
+    def _refit(self, replay: Replay, layers: Sequence[Candidate]) -> list[LayerRefit]:
         moments = Moments()
         judged: list[Rows] = []
         for index in range(len(self.calls)):
-            rows = self._rows(replay, layer, index)
+            rows = self._rows(replay, layers, index)
             if index < self.fitted:
                 moments.add(rows)
             else:
                 judged.append(rows)
-        module = self.slim.get_submodule(layer.path)
-        step = chosen_step(moments, joined(judged), allowed=rank_kept(module))
-        if step.step_io is not None:
-            add_(module, step.step_io)
-        targets = self.targets.rows[layer.path][self.fitted :]
-        energy = sum(float(rows.double().square().sum()) for rows in targets) or 1.0
-        found = LayerRefit(layer.path, step.before / energy, step.after / energy, step.strength)
-        logger.info("%s", found)
+        modules = [self.slim.get_submodule(layer.path) for layer in layers]
+        outputs = [self.targets.rows[layer.path][0].shape[1] for layer in layers]
+        allowed = rank_kept(modules[0]) if len(modules) == 1 else None
+        steps = chosen_steps(moments, joined(judged), outputs, allowed)
+        found = []
+        for layer, module, step in zip(layers, modules, steps, strict=True):
+            if step.step_io is not None:
+                add_(module, step.step_io)
+            energy = self._energy(layer)
+            row = LayerRefit(layer.path, step.before / energy, step.after / energy, step.strength)
+            logger.info("%s", row)
+            found.append(row)
         return found
 
-    def _rows(self, replay: Replay, layer: Candidate, index: int) -> Rows:
-        module: Any = self.slim.get_submodule(layer.path)
-        call, y, stream = replay.seen(index, layer.path, layer.site)
-        places = self.targets.places(layer, index, len(y))
-        now = picked(module, stream, places)
-        lacking = (self.targets.rows[layer.path][index] - now).float()
+    def _energy(self, layer: Candidate) -> float:
+        rows = self.targets.rows[layer.path][self.fitted :]
+        return sum(float(own.double().square().sum()) for own in rows) or 1.0
+
+    def _rows(self, replay: Replay, layers: Sequence[Candidate], index: int) -> Rows:
+        """Inputs of layers in a call, and what they lack: side by side if there are several."""
+        paths, site = [layer.path for layer in layers], layers[-1].site
+        modules: list[Any] = [self.slim.get_submodule(path) for path in paths]
+        call, outputs, stream = replay.seen(index, paths, site)
+        places = self.targets.places(layers[0], index, len(stream))
+        now = [stream] if len(layers) == 1 else outputs
+        lacking = torch.cat(
+            [
+                (self.targets.rows[path][index] - picked(module, own, places)).float()
+                for path, module, own in zip(paths, modules, now, strict=True)
+            ],
+            1,
+        )
         gates: Tensor | None = None
-        if layer.site.gated:
-            size = 16 * max(float(stream.abs().max()), 1e-3)
-            with changed(module, lambda y: torch.full_like(y, size)):
-                moved = replay.seen(index, layer.path, layer.site)[2]
-            gates = (picked(module, moved, places) - now).float() / size
-        elif layer.site.gate != 1.0:
-            gates = torch.full_like(lacking, layer.site.gate)
-        return Rows(inputs_at(module, call, places), lacking, gates)
+        if site.gated:
+            gates = self._gates(replay, layers[0], index, stream, places)
+        elif site.gate != 1.0:
+            gates = torch.full_like(lacking, site.gate)
+        weights = None
+        if self.weights is not None:
+            weights = self.weights[index].to(lacking).repeat_interleave(places.shape[1])
+        return Rows(inputs_at(modules[0], call, places), lacking, gates, weights)
+
+    def _gates(
+        self, replay: Replay, layer: Candidate, index: int, stream: Tensor, places: Tensor
+    ) -> Tensor:
+        """How much a layer's output counts in the stream: what a change of it does there."""
+        module: Any = self.slim.get_submodule(layer.path)
+        size = 16 * max(float(stream.abs().max()), 1e-3)
+        with changed(module, lambda y: torch.full_like(y, size)):
+            moved = replay.seen(index, [layer.path], layer.site)[2]
+        return (picked(module, moved, places) - picked(module, stream, places)).float() / size
 
     def _error(self) -> float:
         """Error of the slim denoiser's output on the held-out calls, relative to dense."""

@@ -30,14 +30,16 @@ class Rows:
     g_no: Tensor | None = None
     w_n: Tensor | None = None
 
-    def loss(self, step_io: Tensor | None = None) -> float:
-        """The loss of a step; of none, what is lacking now."""
+    def losses(self, step_io: Tensor | None = None) -> Tensor:
+        """The loss of a step at each output (o,), float64; of none, what is lacking now."""
         r_no = self.r_no
         if step_io is not None:
             y_no = self.x_ni @ step_io.to(self.x_ni)
             r_no = r_no - (y_no if self.g_no is None else self.g_no * y_no)
-        squared_n = r_no.square().sum(1, dtype=torch.float64)
-        return float((squared_n if self.w_n is None else self.w_n * squared_n).sum())
+        squared_no = r_no.square()
+        if self.w_n is not None:
+            squared_no = self.w_n[:, None] * squared_no
+        return squared_no.sum(0, dtype=torch.float64)
 
 
 class Moments:
@@ -137,26 +139,43 @@ class Step:
     after: float
 
 
-def chosen_step(
+Allowed = Callable[[Tensor, Tensor], Tensor]
+"""Any step (i, o) and the moment (i, i) of the inputs -> the step to take in its place."""
+
+
+def chosen_steps(
     fitted: Moments,
     held_out: Rows,
+    outputs: Sequence[int],
+    allowed: Allowed | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    allowed: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Step:
-    """The ridge step of the strength that loses least on held-out rows, or none.
+) -> list[Step]:
+    """Ridge steps of several layers of the same inputs, each of the strength that loses least on
+    held-out rows, or none.
 
-    Strengths are tried in turn until the loss rises. `allowed` gives the step to take in place of
-    any other, under the moment of the inputs.
+    Strengths are tried in turn until the loss rises for every layer.
+
+    Args:
+        fitted: moments of the rows to solve on; outputs of the layers stand side by side.
+        held_out: other rows of the same.
+        outputs: how many are whose.
+        allowed: limits the steps.
+        strengths: of the ridge.
     """
     c_ii, b_io = fitted.normal
-    before = held_out.loss()
-    best = Step(None, None, before, before)
-    for strength in strengths if before > 0 else ():
+    before = [float(own.sum()) for own in held_out.losses().split(list(outputs))]
+    best = [Step(None, None, loss, loss) for loss in before]
+    for strength in strengths if any(before) else ():
         step_io = ridge_step(c_ii, b_io, strength)
-        if allowed is not None:
-            step_io = allowed(step_io, c_ii)
-        after = held_out.loss(step_io)
-        if not after < best.after:
+        step_io = step_io if allowed is None else allowed(step_io, c_ii)
+        after = [float(own.sum()) for own in held_out.losses(step_io).split(list(outputs))]
+        found = [
+            Step(own_io.contiguous(), strength, old, new) if new < step.after else step
+            for own_io, old, new, step in zip(
+                step_io.split(list(outputs), 1), before, after, best, strict=True
+            )
+        ]
+        if all(new is old for new, old in zip(found, best, strict=True)):
             break
-        best = Step(step_io, strength, before, after)
+        best = found
     return best

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimdiff.groups import Group, is_inward
 from slimdiff.probing import STAGE
 from slimdiff.refitting.replay import Call
-from slimdiff.refitting.rows import can_be_refit, places_of
+from slimdiff.refitting.rows import can_be_refit, input_of, places_of
 from slimdiff.refitting.sites import Site, find_site
 
 KINDS = ("value_output", "query_key", "feed_forward", "resnet", "projection")
@@ -34,12 +34,14 @@ class Candidate:
             as it was, on the dense denoiser's inputs, says what they should be.
         site: where its output is in the stream; for an inward one its own output.
         places: tokens or pixels of one sample in its output.
+        first: the first layer that gets the same input, itself if there is no other before it.
     """
 
     path: str
     inward: bool
     site: Site
     places: int
+    first: str
 
 
 def candidates(
@@ -66,7 +68,8 @@ def candidates(
         if not inward and block in arguments:
             inner = path.removeprefix(f"{block}.")
             site = find_site(slim.get_submodule(block), block, inner, arguments[block])
-        found.append(Candidate(path, inward, site, places[path]))
+        given = [o for o in order if input_of(arguments[o]) is input_of(arguments[path])]
+        found.append(Candidate(path, inward, site, places[path], given[0]))
     return found
 
 
@@ -136,8 +139,21 @@ def _traced(
         for hook in hooks:
             hook.remove()
     once = [path for path in seen if seen.count(path) == 1]
-    kept = {path: arguments[path] for path in once if path in blocks}
+    kept = {path: arguments[path] for path in once}
     return [path for path in once if path in paths], kept, places
+
+
+def together(layers: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The layers in their order, those that are solved in one with the same inputs side by side:
+    inward ones that get the same tensor, such as those of queries, keys and values."""
+    parts: list[list[Candidate]] = []
+    for layer in layers:
+        before = parts[-1][-1] if parts else None
+        if before and before.inward and layer.inward and before.first == layer.first:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return parts
 
 
 def units(model: nn.Module, groups: Sequence[Group], call: Mapping[str, Any]) -> list[str]:

@@ -69,28 +69,35 @@ class Replay:
         with torch.inference_mode():
             return self.model(**self.calls[index])
 
-    def seen(self, index: int, layer: str, site: Site) -> tuple[Call, Tensor, Tensor]:
-        """Arguments and output of a layer in a call, and the tensor that passes at `site`.
+    def seen(
+        self, index: int, layers: Sequence[str], site: Site
+    ) -> tuple[Call, list[Tensor], Tensor]:
+        """Arguments of the first of some layers in a call, what each puts out, and the tensor that
+        passes at `site`.
 
         The run ends there.
         """
-        met: list[Any] = []
+        met: list[Call] = []
+        outputs: list[Tensor] = []
+        stream: list[Tensor] = []
 
         def note(_module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
-            met[:] = [(args, kwargs), y]
+            met.append((args, kwargs))
+            outputs.append(y)
 
         def see(tensor: Tensor) -> None:
-            met.append(tensor)
+            stream.append(tensor)
             raise _Reached
 
-        handle = self.model.get_submodule(layer).register_forward_hook(note, with_kwargs=True)
+        modules = [self.model.get_submodule(path) for path in layers]
+        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
         try:
             with watching(self.model, site, see), contextlib.suppress(_Reached):
                 self.run(index)
         finally:
-            handle.remove()
-        call, y, tensor = met
-        return call, y, tensor
+            for handle in handles:
+                handle.remove()
+        return met[0], outputs, stream[0]
 
     def _marking(self, path: str) -> Any:
         """What comes after a layer that is still to change is not final."""

@@ -38,14 +38,19 @@ def picked(layer: Layer, tensor: Tensor, places_bp: Tensor) -> Tensor:
     return tensor_bqc.gather(1, index).flatten(0, 1)
 
 
+def input_of(call: tuple[tuple, dict[str, Any]]) -> Tensor:
+    """The tensor that enters a linear or convolution."""
+    args, kwargs = call
+    return args[0] if args else kwargs["input"]
+
+
 def inputs_at(layer: Layer, call: tuple[tuple, dict[str, Any]], places_bp: Tensor) -> Tensor:
     """Rows (n, i) of what enters `layer` for its outputs at the places, and 1 for its bias.
 
     `call` are the arguments of its forward. The columns of a convolution are its channels' taps in
     the order of its weight. A fused upsampler's convolution doubles the map first.
     """
-    args, kwargs = call
-    x: Tensor = args[0] if args else kwargs["input"]
+    (args, kwargs), x = call, input_of(call)
     if isinstance(layer, nn.Conv2d):
         doubled = bool(kwargs.get("double") or (len(args) > 1 and args[1]))
         rows = _taps(layer, F.interpolate(x, scale_factor=2.0) if doubled else x, places_bp)

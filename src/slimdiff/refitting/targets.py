@@ -39,7 +39,7 @@ class Targets:
 
     def places(self, layer: Candidate, index: int, samples: int) -> Tensor:
         """Places (b, p) of a call's samples that count for a layer."""
-        chance = f"{self.seed}/{layer.path}/{index}"
+        chance = f"{self.seed}/{layer.first}/{index}"
         return choose_places(self.counts[layer.path], layer.places, samples, chance)
 
     def record(self, calls: Sequence[Mapping[str, Any]]) -> None:
