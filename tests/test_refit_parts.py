@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import slimdiff
 from slimdiff.decompose.ridge import Moments, Rows, chosen_steps, ridge_step
 from slimdiff.evaluate.sampling import one_row_of
-from slimdiff.refitting.calls import samples_of, thinned
+from slimdiff.probes import Probes
+from slimdiff.refitting.calls import count_of, samples_of, thinned
 from slimdiff.refitting.layers import candidates, units
 from slimdiff.refitting.replay import Replay
 from slimdiff.refitting.rows import choose_places, inputs_at, picked, places_of
@@ -284,14 +285,24 @@ class unkept:
             module.forward = forward
 
 
-def test_calls_are_thinned_to_rows_of_every_one() -> None:
+def test_samples_are_drawn_from_every_call_and_joined() -> None:
     calls = [
-        {"x": torch.arange(8.0).view(8, 1) + 10 * i, "t": torch.tensor(5), "sizes": list(range(8))}
-        for i in range(5)
+        {
+            "x": torch.arange(8.0).view(8, 1) + 10 * i,
+            "timestep": torch.tensor(float(i)),
+            "sizes": [4] * 8,
+            "positions": torch.ones(3, 2),
+        }
+        for i in range(10)
     ]
-    thin = thinned(calls, 20)
-    assert 15 <= sum(samples_of(call) for call in thin) <= 25
-    for call in thin:
-        assert [float(x) % 10 for x in call["x"]] == call["sizes"]
-        assert call["t"] == 5
-    assert thinned(calls, 100) == [dict(call) for call in calls]
+    assert [count_of(call) for call in calls] == [8] * 10
+    seen = [samples_of(call, i) for i, call in enumerate(calls)]
+    kept = thinned(seen, 40)
+    assert {probe.timestep for probe in kept} == set(range(10))
+    [joined] = Probes(len(kept), rows={p.key: p for p in kept}).batches(80)
+    assert 30 <= len(joined["x"]) <= 50
+    x = joined["x"].flatten()
+    assert torch.equal((x / 10).floor(), joined["timestep"])
+    assert joined["sizes"] == [4] * len(x)
+    assert joined["positions"].shape == (3, 2)
+    assert len(thinned(seen, 1000)) == 80

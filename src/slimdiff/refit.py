@@ -25,7 +25,7 @@ from slimdiff.decompose.ridge import Moments, Rows, chosen_steps, joined
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import one_row_of
 from slimdiff.families import groups_of
-from slimdiff.refitting.calls import samples_of
+from slimdiff.refitting.calls import count_of
 from slimdiff.refitting.layers import Candidate, candidates, together, units
 from slimdiff.refitting.replay import Replay
 from slimdiff.refitting.rows import inputs_at, picked
@@ -44,11 +44,13 @@ class RefitSettings:
     """How layers are refit.
 
     Attributes:
+        rows: samples of denoiser calls that are solved on, and that judge.
         rows_per_input: rows of a layer's regression, as a multiple of its inputs.
         inward: whether layers that make inner channels are refit too.
         seed: chooses tokens and pixels.
     """
 
+    rows: tuple[int, int] = (1536, 256)
     rows_per_input: float = 24.0
     inward: bool = True
     seed: int = 0
@@ -135,7 +137,7 @@ class _Job:
         self.dense, self.slim, self.layers = dense, slim, layers
         self.calls, self.fitted = [*calls, *held_out], len(calls)
         self.weights = None if weights is None else [*weights[0], *weights[1]]
-        samples = sum(samples_of(call) for call in calls)
+        samples = sum(count_of(call) for call in calls)
         counts = {layer.path: self._count(layer, samples, settings) for layer in layers}
         self.targets = Targets(dense, slim, layers, counts, settings.seed)
 

@@ -11,80 +11,82 @@ from torch import Tensor, nn
 
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate.sampling import generate
-from slimdiff.probes import bound
+from slimdiff.probes import Probe, Probes, bound, flatten
 
-Call = dict[str, Any]
+TOGETHER = 16
+"""Samples of one call, at most."""
 
 
 def sampled_calls(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], rows: int, **sampling: Any
-) -> list[Call]:
-    """Keyword arguments of the denoiser's calls while `prompts` are drawn, thinned to about `rows`.
+) -> list[dict[str, Any]]:
+    """Denoiser calls of about `rows` samples that were seen while `prompts` were drawn.
 
-    Rows are drawn evenly from every call, so they are spread over prompts, steps and both halves of
-    guidance.
+    Samples are drawn evenly from every call of the denoiser, so they are spread over prompts, steps
+    and both halves of guidance, and joined to calls of `TOGETHER`.
 
     Args:
         pipe: a diffusers pipeline; its denoiser runs as it is.
         prompts, seeds: one seed for each prompt.
         rows: samples that are kept in all.
         sampling: as for `generate`.
+
+    Returns:
+        Keyword arguments, on the denoiser's device.
     """
     denoiser = denoiser_of(pipe)[1]
     signature = inspect.signature(denoiser.forward)
-    calls: list[Call] = []
+    seen: list[list[Probe]] = []
 
     def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(_copied(bound(signature, args, kwargs)))
+        seen.append(samples_of(bound(signature, args, kwargs), len(seen)))
 
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         generate(pipe, prompts, seeds, output_type="latent", **sampling)
     finally:
         handle.remove()
-    return thinned(calls, rows)
+    chosen = thinned(seen, rows)
+    probes = Probes(len(chosen), rows={probe.key: probe for probe in chosen})
+    return probes.batches(TOGETHER, next(denoiser.parameters()).device)
 
 
-def thinned(calls: Sequence[Mapping[str, Any]], rows: int, seed: int = 0) -> list[Call]:
-    """The calls with about `rows` samples in all, drawn evenly from every one of them."""
-    counts = [samples_of(call) for call in calls]
-    share = rows / max(sum(counts), 1)
-    if share >= 1:
-        return [dict(call) for call in calls]
+def samples_of(arguments: Mapping[str, Any], call: int = 0) -> list[Probe]:
+    """The samples of one call, given by its keyword arguments; keys are in the order of calls."""
+    tensors, constants = flatten(arguments)
+    count = count_of(arguments)
+    return [
+        Probe(
+            f"{call:06d}/{row:06d}",
+            {path: _own(tensor, row, count).detach().cpu() for path, tensor in tensors.items()},
+            {path: _item(value, row, count) for path, value in constants.items()},
+        )
+        for row in range(count)
+    ]
+
+
+def count_of(arguments: Mapping[str, Any]) -> int:
+    """How many samples a call is for."""
+    tensors, _ = flatten(arguments)
+    return next((len(tensor) for tensor in tensors.values() if tensor.ndim > 1), 1)
+
+
+def thinned(calls: Sequence[Sequence[Probe]], rows: int, seed: int = 0) -> list[Probe]:
+    """About `rows` samples, drawn evenly from every call."""
+    share = min(1.0, rows / max(sum(len(call) for call in calls), 1))
     chance = torch.Generator().manual_seed(seed)
-    thin: list[Call] = []
-    for call, count in zip(calls, counts, strict=True):
-        own = int(share * count + float(torch.rand((), generator=chance)))
-        chosen = torch.randperm(count, generator=chance)[:own].sort().values
-        if own:
-            thin.append({name: _taken(value, chosen, count) for name, value in call.items()})
-    return thin
+    kept: list[Probe] = []
+    for call in calls:
+        count = int(share * len(call) + float(torch.rand((), generator=chance)))
+        order = torch.randperm(len(call), generator=chance)[:count].tolist()
+        kept += [call[place] for place in sorted(order)]
+    return kept
 
 
-def samples_of(call: Mapping[str, Any]) -> int:
-    """How many samples a call is for: the first size of its first tensor that has several."""
-    return next((len(t) for t in call.values() if isinstance(t, Tensor) and t.ndim > 1), 1)
+def _own(tensor: Tensor, row: int, count: int) -> Tensor:
+    """A tensor's part of one sample; one without a batch, such as positions, is everyone's."""
+    return tensor[row : row + 1].clone() if len(tensor) == count else tensor
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {name: _copied(part) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(part) for part in value)
-    return value
-
-
-def _taken(value: Any, chosen: Tensor, samples: int) -> Any:
-    """Some rows of nested arguments; what is not one for each sample stays."""
-    if isinstance(value, Tensor):
-        several = value.ndim > 0 and len(value) == samples
-        return value[chosen.to(value.device)] if several else value
-    if isinstance(value, dict):
-        return {name: _taken(part, chosen, samples) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        if len(value) == samples and not any(isinstance(part, Tensor) for part in value):
-            return type(value)(value[place] for place in chosen.tolist())
-        return type(value)(_taken(part, chosen, samples) for part in value)
-    return value
+def _item(value: Any, row: int, count: int) -> Any:
+    return [value[row]] if isinstance(value, list) and len(value) == count else value
