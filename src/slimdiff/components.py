@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 import types
@@ -65,7 +66,7 @@ def standing_in(index: Mapping[str, Any]) -> Iterator[None]:
         stand_in = types.ModuleType(name)
         kind = MODULE.fullmatch(name)
         assert kind is not None, "is_slim matched it"
-        stand_in.__getattr__ = own[kind[1]].__getattr__  # type: ignore[method-assign]  # PEP 562
+        stand_in.__getattr__ = functools.partial(getattr, own[kind[1]])  # type: ignore[method-assign]  # PEP 562
         sys.modules[name] = stand_in
     try:
         yield

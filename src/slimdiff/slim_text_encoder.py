@@ -343,18 +343,18 @@ def _keep_bytecode(code: types.CodeType) -> None:
     """
     path = Path(importlib.util.cache_from_source(__file__))
     header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
-    kept = path.is_file() and path.read_bytes().startswith(header)
-    if not _is_own(_source()):
-        if kept:
-            path.unlink(missing_ok=True)
-            raise ImportError(f"{__file__}: was altered since it was first loaded; run this again")
-        return
-    if not kept:
+    kept, source = path.is_file() and path.read_bytes().startswith(header), _source()
+    if kept and not _is_own(source) and source.endswith(LAST_LINE):  # no copy that is under way
+        path.unlink(missing_ok=True)
+        raise ImportError(f"{__file__}: was altered since it was first loaded; run this again")
+    if not kept and _is_own(source):
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.parent.mkdir(exist_ok=True)
         new.write_bytes(header + importlib.util.source_hash(MODULE.encode()) + marshal.dumps(code))
         os.replace(new, path)
 
+
+LAST_LINE = b"sys.modules.setdefault(MODULE, sys.modules[__name__])\n"
 
 # The last lines, so that the file is whole when they run. diffusers runs it at every load, in the
 # module of the run before if there is one: what was defined first stays, since models of it live.
