@@ -46,7 +46,8 @@ def model_card(pipe: Any, title: str, call: str) -> str:
     slim = slim_components(pipe)
     parts = [_yaml(header), f"# {title}", _introduction(slim, base)]
     parts += [_figures(name, module, _plan_of(module)) for name, module in slim.items()]
-    parts += [_loading(title, list(slim), call)]
+    parts += [_without_self_attention(name, module) for name, module in slim.items()]
+    parts += [_loading(title, slim, call)]
     for name, module in slim.items():
         if plan := _plan_of(module):
             parts += [_groups(name, plan), _maps(name, _healed(module))]
@@ -156,10 +157,23 @@ def _before_and_after(
     return rows
 
 
-def _loading(title: str, names: list[str], call: str) -> str:
-    modules = [
-        f"`{name}/slim_{'text_encoder' if name in ENCODERS else 'denoiser'}.py`" for name in names
-    ]
+def _without_self_attention(name: str, module: nn.Module) -> str:
+    """Names what guidance by perturbed self-attention would look for in vain."""
+    layers = module.named_modules()
+    gone = [path for path, layer in layers if getattr(layer, "was_self_attention", False)]
+    if not gone:
+        return ""
+    listed = "\n".join(f"- `{path}`" for path in gone)
+    return (
+        f"Self-attention layers of the {name} that were removed:\n\n{listed}\n\nGuidance that "
+        f"perturbs or skips self-attention (PAG, at the middle block by default) has nothing to "
+        f"act on there: name other layers, as in `pag_applied_layers`."
+    )
+
+
+def _loading(title: str, slim: Mapping[str, nn.Module], call: str) -> str:
+    modules = [f"`{name}/{module.__module__}.py`" for name, module in slim.items()]
+    first = next(iter(slim))
     return f"""## Loading
 
 With slimdiff, which runs no code from this folder:
@@ -176,6 +190,20 @@ With diffusers alone; `trust_remote_code` allows it to run {" and ".join(modules
 from diffusers import DiffusionPipeline
 
 pipe = {call}
+```
+
+{_alone(title, first)}"""
+
+
+def _alone(title: str, name: str) -> str:
+    """How a component loads without its pipeline; diffusers takes no subfolder for that."""
+    library = "transformers" if name in ENCODERS else "diffusers"
+    return f"""One component alone, by the path of its folder instead of `subfolder`:
+
+```python
+from {library} import AutoModel
+
+{name} = AutoModel.from_pretrained("{title}/{name}", trust_remote_code=True)
 ```"""
 
 

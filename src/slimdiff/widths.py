@@ -74,6 +74,7 @@ def allocate(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    head_multiple: int = 1,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
@@ -95,6 +96,8 @@ def allocate(
             attention processors; untied layers use slimdiff's own processor.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
+        head_multiple: where heads go, as many stay as divide by this: the number of ranks that
+            share the heads of a layer (Ulysses, tensor parallelism).
         remove_layers: let whole layers go, and put out their mean, and whole heads, where the
             probed allocation finds that best on the probes; statistics without means keep all
             layers.
@@ -112,7 +115,8 @@ def allocate(
     """
     earlier_record(denoiser)
     chosen = recipe_named(recipe)
-    settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
+    name = allocation or chosen.allocation
+    settings = Allocation(name, tied, multiple, temperature, head_multiple=head_multiple)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
         curves = measure_curves(

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimdiff.calls import bound, flatten, item_of, row_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate.sampling import generate
-from slimdiff.probes import Probe, Probes, bound, flatten
+from slimdiff.probes import Probe, Probes
 
 TOGETHER = 16
 """Samples of one call, at most."""
@@ -58,8 +59,8 @@ def samples_of(arguments: Mapping[str, Any], call: int = 0) -> list[Probe]:
     return [
         Probe(
             f"{call:06d}/{row:06d}",
-            {path: _own(tensor, row, count).detach().cpu() for path, tensor in tensors.items()},
-            {path: _item(value, row, count) for path, value in constants.items()},
+            {path: row_of(tensor, row, count).detach().cpu() for path, tensor in tensors.items()},
+            {path: item_of(value, row, count) for path, value in constants.items()},
         )
         for row in range(count)
     ]
@@ -81,12 +82,3 @@ def thinned(calls: Sequence[Sequence[Probe]], rows: int, seed: int = 0) -> list[
         order = torch.randperm(len(call), generator=chance)[:count].tolist()
         kept += [call[place] for place in sorted(order)]
     return kept
-
-
-def _own(tensor: Tensor, row: int, count: int) -> Tensor:
-    """A tensor's part of one sample; one without a batch, such as positions, is everyone's."""
-    return tensor[row : row + 1].clone() if len(tensor) == count else tensor
-
-
-def _item(value: Any, row: int, count: int) -> Any:
-    return [value[row]] if isinstance(value, list) and len(value) == count else value
