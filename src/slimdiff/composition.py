@@ -87,7 +87,7 @@ def composed_plan(first: Plan, second: Plan) -> Plan:
 
 def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes at both ends, and what was lost on the way, as far as both plans know it."""
-    begun, gone = ("params_dense", "macs_dense"), ("layers_removed", "heads_removed")
+    begun, gone = ("params_dense", "macs_dense", "bytes_dense"), ("layers_removed", "heads_removed")
     own = (*begun, *gone, "predicted_error", "latency")
     figures = {key: value for key, value in second.items() if key not in own}
     figures |= {key: first[key] for key in begun if key in first}

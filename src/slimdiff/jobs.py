@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimdiff import costs as costs_
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
 from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve, probes_of
@@ -73,6 +73,7 @@ class Job:
         settings: Allocation,
         layers: Sequence[str] | None,
         curves: Mapping[str, ErrorCurve],
+        saving: Saving | None = None,
     ) -> None:
         probe = statistics.probes.batches(1)
         inputs = probe[0] if probe else costs_.example_inputs(denoiser)
@@ -80,12 +81,13 @@ class Job:
         self.groups = groups_of(denoiser, layers or recipe.layers)
         self.budget, self.recipe, self.settings = budget, recipe, settings
         self.shared = Measuring(denoiser, statistics, self.groups, curves)
-        self._inputs = inputs
+        self._inputs, self._saving = inputs, saving
         self._fuse(fused_for(denoiser, self.groups, budget.metric))
 
     def _fuse(self, upsamplers: Sequence[str]) -> None:
         self.fused = upsamplers
-        self.costs = costs_.measure(self.denoiser, self.groups, self._inputs, upsamplers)
+        how = (self._inputs, upsamplers, self._saving)
+        self.costs = costs_.measure(self.denoiser, self.groups, *how)
 
     def fusing(self, upsamplers: Sequence[str]) -> Job:
         """The same, with other upsamplers fused."""
@@ -131,20 +133,18 @@ class Job:
 
     def plan(self, **limits: Any) -> Plan:
         """The plan under the budget, or under other limits (see `make_plan`)."""
-        bytes_each = next(self.denoiser.parameters()).element_size()
-        plan = make_plan(
+        return make_plan(
             dense_class(self.denoiser),
             self.groups,
             self.costs,
             self.curves,
             self.statistics,
-            self.budget.in_parameters(bytes_each),
+            self.budget,
             self.recipe,
             self.settings,
             fused=self.fused,
             **limits,
         )
-        return replace(plan, budget=self.budget.describe())
 
 
 def as_fast(

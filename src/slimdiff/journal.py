@@ -53,6 +53,11 @@ class Journal:
     sections: Results = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
+    def begin(self, progress: Progress | None) -> Progress:
+        """Draw what the pipeline draws before anything is changed; see `noting`."""
+        self.draw("dense")
+        return self.noting(progress)
+
     def noting(self, progress: Progress | None) -> Progress:
         """`progress`, and a note of the stages that reported any."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimdiff import costs as costs_
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
 from slimdiff.calibrate import calibrate
 from slimdiff.composition import composed_plan, earlier_record
@@ -57,6 +57,7 @@ def compress(
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
     pictures: int = 4,
+    saving: Saving | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
@@ -65,7 +66,7 @@ def compress(
         pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
         budget, plan: what the component may hold afterwards, or the widths to use instead.
-        recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
+        recipe to layers, saving: see `allocate`.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
         config, heal: how calibration samples; minutes to train afterwards, see `slimdiff.heal`.
         checkpoint, progress: folder to save to and resume from; called with (stage, done, in all).
@@ -75,36 +76,39 @@ def compress(
         SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
             incomplete denoiser, NaN or infinity in an activation.
     """
-    denoiser = component_of(pipe, component)[1]
-    config = config or CalibrationConfig()
+    denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer["remove_layers"] = remove_layers
     told = {"budget": budget, "heal": heal} | how | finer
-    _refuse_impossible(pipe, prompts, component, config, plan, told)
+    _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
     journal = Journal(pipe, list(prompts), config, *done)
-    journal.draw("dense")
-    kept: dict[str, Any] = {"folder": checkpoint, "progress": journal.noting(progress)}
-    once = {"component": component, "checkpoint": checkpoint, "progress": kept["progress"]}
+    progress = journal.begin(progress)
+    once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
     with journal.timed("calibrate"):
-        statistics = calibrate(pipe, prompts, config, **once)
+        statistics = calibrate(pipe, prompts, config, **once, progress=progress)
     curves: dict[str, ErrorCurve] = {}
     if budget is not None:
+        kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
         with journal.timed("allocate"):
             curves = measure_curves(denoiser, statistics, **how, **kept)
-            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept, curves=curves)
+            kept |= {"curves": curves, "saving": saving}
+            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept)
     else:
-        plan = _given(denoiser, statistics, plan)
-    _finish(journal, statistics, plan, curves, **kept)
+        plan = _given(denoiser, statistics, plan, saving)
+    _finish(journal, statistics, plan, curves, progress, checkpoint)
     return plan
 
 
-def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan | None) -> Plan:
+def _given(
+    denoiser: nn.Module, statistics: Statistics, plan: Plan | None, saving: Saving | None
+) -> Plan:
     assert plan is not None, "checked before: either a budget or a plan"
     groups = groups_of(denoiser)
     probe = statistics.probes.batches(1)[0]
-    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe, plan.fused))
+    counted = costs_.measure(denoiser, groups, probe, plan.fused, saving)
+    return by_hand(plan, groups, counted)
 
 
 def _finish(
@@ -149,6 +153,7 @@ def _refuse_impossible(
     config: CalibrationConfig,
     plan: Plan | None,
     how: dict[str, Any],
+    saving: Saving | None,
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
@@ -174,8 +179,7 @@ def _refuse_impossible(
         settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         fused = fused_for(denoiser, groups, budget.metric)
-        costs = costs_.measure(denoiser, groups, call, fused)
+        costs = costs_.measure(denoiser, groups, call, fused, saving)
         refuse_unfit(budget, recipe, settings, groups)
         if budget.metric != "latency" and budget.largest_error is None:
-            bytes_each = next(denoiser.parameters()).element_size()
-            check_budget(groups, costs, budget.in_parameters(bytes_each), recipe, settings)
+            check_budget(groups, costs, budget, recipe, settings)

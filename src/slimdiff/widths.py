@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
 from slimdiff.choosing import best_of
 from slimdiff.composition import earlier_record
@@ -78,6 +78,7 @@ def allocate(
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
+    saving: Saving | None = None,
     timed_rows: int = 2,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -104,6 +105,7 @@ def allocate(
         layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
             that the recipe knows (`paper` and `magnitude` leave ResNets alone).
         curves: from `measure_curves`; measured here if not given.
+        saving: how it will be saved, if not as it stands; budgets of memory count so.
         timed_rows: rows of the call whose time is budgeted, at most as many as there are probes;
             two is one image with guidance.
         folder: where a profile of the layers' times is kept, for budgets that are a time.
@@ -119,10 +121,9 @@ def allocate(
     settings = Allocation(name, tied, multiple, temperature, head_multiple=head_multiple)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
-        curves = measure_curves(
-            denoiser, statistics, recipe, allocation, layers=layers, progress=progress
-        )
-    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+        how: dict[str, Any] = {"layers": layers, "progress": progress}
+        curves = measure_curves(denoiser, statistics, recipe, allocation, **how)
+    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves, saving)
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":
         job, fit = as_fast(job, timed_rows, folder, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,19 @@ def _run(
 ) -> Plan:
     """Load, compress, save."""
     from slimdiff import pipeline
+    from slimdiff.cli import saving
+    from slimdiff.denoiser import component_of
+    from slimdiff.stored import saving_of
 
     pipe, variant = models.load(where, **loading), loading["variant"]
-    stored = models.stored_dtypes(where, pipe, variant) if loading["dtype"] == "auto" else {}
+    origins, keep = saving.folders(where, pipe, variant), loading["dtype"] == "auto"
+    name, module = component_of(pipe, job["component"])
+    if name in origins:
+        found = saving_of(module, origins[name], variant)
+        job["saving"] = found if keep else replace(found, dtypes={})
     with console.Bars() as bars:
         done = pipeline.compress(pipe, texts, **job, progress=bars)
-    _save(pipe, out, stored, variant)
+    saving.save(pipe, out, origins if keep else {}, variant, name)
     return done
 
 
@@ -204,12 +211,3 @@ def _usable(where: models.Source, out: Path, component: str | None) -> Path:
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
     return out
-
-
-def _save(pipe: Any, out: Path, stored: dict[str, Any], variant: str | None) -> None:
-    """Save with the 16-bit dtypes that components had on disk."""
-    from slimdiff.checkpoint import save_pipeline
-
-    for name, kind in stored.items():
-        getattr(pipe, name).to(kind)
-    save_pipeline(pipe, out, variant=variant)

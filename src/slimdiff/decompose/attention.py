@@ -130,7 +130,9 @@ class ValueOutput(Decomposition):
             return _eyes(self.basis_hee)
         return self.basis_hee[..., :width] @ even_mix(width, self.basis_hee)
 
-    def of_channels(self, v_her: Tensor, out_ik: Tensor, heads: Tensor | slice) -> dict[str, Tensor]:
+    def of_channels(
+        self, v_her: Tensor, out_ik: Tensor, heads: Tensor | slice
+    ) -> dict[str, Tensor]:
         """Maps "v" and "out" of some heads, from those of channels divided by their scales.
 
         The level of a head's scales keeps its slim channels in the range of the dense ones; at full
