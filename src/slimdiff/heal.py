@@ -19,13 +19,13 @@ from torch import nn
 
 from slimdiff.calibrate import held_out as held_out_places
 from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import ENCODERS, denoiser_of, settings
+from slimdiff.denoiser import ENCODERS, denoiser_of, settings, standing_in
 from slimdiff.errors import SlimdiffError
 from slimdiff.healing.config import HealConfig, HealResult
 from slimdiff.healing.run import Healing, Limits
 from slimdiff.healing.state import HealFile
 from slimdiff.healing.student import Student
-from slimdiff.healing.teacher import Teacher, split, standing_in
+from slimdiff.healing.teacher import Teacher, split
 from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan

@@ -50,7 +50,7 @@ def model_card(pipe: Any, title: str, call: str) -> str:
     parts += [_loading(title, slim, call)]
     for name, module in slim.items():
         if plan := _plan_of(module):
-            parts += [_groups(name, plan), _maps(name, _healed(module))]
+            parts += [_groups(name, plan), _maps(name, _later(module))]
     parts += [_versions()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -108,6 +108,12 @@ def _introduction(slim: Mapping[str, nn.Module], base: str) -> str:
 def _healed(module: nn.Module) -> bool:
     """Whether its weights were trained after some slimming."""
     return "healed" in (settings(module).get("slimdiff") or {})
+
+
+def _later(module: nn.Module) -> str | None:
+    """What changed its weights after the maps had made them."""
+    slim = settings(module).get("slimdiff") or {}
+    return "healing" if "healed" in slim else "the refit" if "refit" in slim else None
 
 
 def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
@@ -237,9 +243,9 @@ def _narrowed(entry: Entry) -> str:
     return f"{entry.dense_width} to {entry.width}" if entry.width else width_name(0)
 
 
-def _maps(name: str, healed: bool) -> str:
+def _maps(name: str, later: str | None) -> str:
     of = f" of the {name}" if name in ENCODERS else ""
-    until, nearly = (", as they were before healing", ", if not quite") if healed else ("", "")
+    until, nearly = (f", as they were before {later}", ", if not quite") if later else ("", "")
     return (
         f"## Plan and maps{of}\n\n`{name}/slimdiff.json` is the plan; "
         f"`{name}/slimdiff_maps.safetensors` holds the small matrices that take the original "

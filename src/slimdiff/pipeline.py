@@ -27,6 +27,7 @@ from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand, check_budget, refuse_unfit
+from slimdiff.refitting.stage import check_refit, may_refit, refit_slimmed
 from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import rewrite
 from slimdiff.statistics import Statistics
@@ -53,6 +54,7 @@ def compress(
     layers: Sequence[str] | None = None,
     component: str | None = None,
     config: CalibrationConfig | None = None,
+    refit: bool | None = None,
     heal: float | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
@@ -68,7 +70,10 @@ def compress(
         budget, plan: what the component may hold afterwards, or the widths to use instead.
         recipe to layers, saving: see `allocate`.
         component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
-        config, heal: how calibration samples; minutes to train afterwards, see `slimdiff.heal`.
+        config: how calibration samples.
+        refit: whether weights are solved anew on the slim denoiser's own inputs; None: if enough is
+            lost on held-out prompts.
+        heal: minutes to train afterwards, see `slimdiff.heal`.
         checkpoint, progress: folder to save to and resume from; called with (stage, done, in all).
         results, pictures: file for `slimdiff report`, and how many prompts are drawn for it.
 
@@ -80,7 +85,7 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer["remove_layers"] = remove_layers
-    told = {"budget": budget, "heal": heal} | how | finer
+    told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
     journal = Journal(pipe, list(prompts), config, *done)
@@ -121,7 +126,8 @@ def _finish(
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
     name, denoiser = component_of(journal.pipe, journal.component)
-    dense = copy.deepcopy(denoiser) if journal.settings["heal"] else None
+    may = may_refit(journal.settings["refit"], plan.recipe, name, len(journal.prompts))
+    dense = copy.deepcopy(denoiser) if may or journal.settings["heal"] else None
     held_out, earlier = HeldOut(denoiser, statistics), earlier_record(denoiser)
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
@@ -130,7 +136,9 @@ def _finish(
     if name in ENCODERS:
         plan.figures["component"] = name
     plan.figures.update(held_out.figures())
-    if dense is not None:
+    if dense is not None and may:
+        refit_slimmed(journal, dense, plan, held_out, progress)
+    if dense is not None and journal.settings["heal"]:
         heal_slimmed(journal, dense, plan, held_out, folder, progress)
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
@@ -159,6 +167,7 @@ def _refuse_impossible(
     name, denoiser = component_of(pipe, component)
     budget: Budget | None = how["budget"]
     check_heal(how["heal"], prompts, name)
+    check_refit(how["refit"], name, len(prompts))
     if earlier_record(denoiser) is not None:
         logger.warning("warning: the model is slim already: shares are of what it has by now")
     if (budget is None) == (plan is None):

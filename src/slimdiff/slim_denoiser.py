@@ -13,12 +13,13 @@ that config.json holds under "slimdiff":
      "fused_upsamplers": {"<path of an Upsample2D>": 2},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
      "constants": {"<path of a layer that was removed>": channels},
+     "refit": {"layers": 40},
      "healed": {"steps": 500}}
 
 qk and vo are channels per head of queries and keys, and of values. A layer that was removed puts
-out a constant. A fused upsampler convolves before it doubles. `healed` says that the weights were
-trained afterwards, so that the maps no longer give them. `convolutions`, `norms`, `factored`,
-`fused_upsamplers`, `constants` and `healed` may be left out.
+out a constant. A fused upsampler convolves before it doubles. `refit` and `healed` say that weights
+were solved anew, or trained, afterwards, so that the maps no longer give them. `convolutions`,
+`norms`, `factored`, `fused_upsamplers`, `constants`, `refit` and `healed` may be left out.
 
 Saved, it is named by a hash of its content (`MODULE`): two releases live side by side in a process,
 and one release defines its classes once, however often it is loaded. Slim models can be pickled;

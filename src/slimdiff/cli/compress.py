@@ -74,6 +74,7 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
+    refit: own.Refit = None,
     heal: own.Heal = None,
     num_prompts: own.NumPrompts = 256,
     steps_per_prompt: own.StepsPerPrompt = 5,
@@ -102,7 +103,7 @@ def compress(
     choices = (recipe, allocation, untied, multiple, temperature, component)
     job = _how(plan, budgets, layers, *choices)
     if low_memory:
-        return _stream(where, out, statistics, job | {"heal": heal}, variant)
+        return _stream(where, out, statistics, job | {"heal": heal, "refit": refit}, variant)
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
@@ -112,7 +113,7 @@ def compress(
     checkpoint = statistics or outcome.beside(out, "statistics")
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
     more = {"config": config, "checkpoint": checkpoint, "remove_layers": remove_layers}
-    more["heal"] = heal
+    more |= {"heal": heal, "refit": refit}
     job |= more | (page if report else {})
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
@@ -157,7 +158,9 @@ def _stream(
         raise SlimdiffError("--low-memory is for denoisers; leave it out for a text encoder")
     if job["heal"] is not None:
         raise SlimdiffError("--low-memory runs nothing, so nothing can be healed: leave out --heal")
-    unknown = ("temperature", "component", "heal")
+    if job["refit"]:
+        raise SlimdiffError("--low-memory runs nothing, so nothing can be refit: leave out --refit")
+    unknown = ("temperature", "component", "heal", "refit")
     job = {name: value for name, value in job.items() if name not in unknown}
     with console.Bars() as bars:
         more = job | {"variant": variant, "progress": bars}

@@ -69,6 +69,14 @@ RemoveLayers = Annotated[
         "--remove-layers/--keep-layers",
     ),
 ]
+Refit = Annotated[
+    bool | None,
+    recipe(
+        "Solve weights anew on the slim model's own inputs, so that each layer mends what was lost "
+        "before it. Default: if held-out prompts lose more than 1e-4.",
+        "--refit/--no-refit",
+    ),
+]
 Heal = Annotated[
     float | None,
     recipe(

@@ -89,6 +89,10 @@ def _table(plan: Plan, title: str) -> Any:
             ends = figures.get("error_interval", []) if key == "error_on_probes" else []
             row = (figure_name(key, figures), "", numbers.error(figures[key]))
             shown.add_row(*row, " to ".join(map(numbers.error, ends)))
+    if "refit" in figures:
+        before, after = figures["refit"]["before"], figures["error_on_probes"]
+        layers = f"{figures['refit']['layers']} layers"
+        shown.add_row(FIGURES["refit"], numbers.error(before), numbers.error(after), layers)
     if "healed" in figures:
         healed = figures["healed"]
         before, after = (numbers.error(healed[key]) for key in ("before", "after"))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from slimdiff.config import CalibrationConfig
 from slimdiff.denoiser import denoiser_of
@@ -88,14 +86,3 @@ def split(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
     order = torch.randperm(len(distinct), generator=generator).tolist()
     count = max(1, round(HELD_OUT_SHARE * len(distinct)))
     return [distinct[i] for i in order[count:]], [distinct[i] for i in order[:count]]
-
-
-@contextlib.contextmanager
-def standing_in(pipe: Any, denoiser: nn.Module) -> Iterator[Any]:
-    """The pipeline with `denoiser` in the place of its own, which it gets back afterwards."""
-    name, own = denoiser_of(pipe)
-    setattr(pipe, name, denoiser)
-    try:
-        yield pipe
-    finally:
-        setattr(pipe, name, own)

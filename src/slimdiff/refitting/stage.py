@@ -1,95 +1,109 @@
-"""The stage of `compress` that refits: when it runs, and on which prompts."""
+"""The refit as a stage of a compression: whether it pays, what it is solved on, what is noted."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import component_of
+from slimdiff.calibrate import held_out as held_out_places
+from slimdiff.denoiser import ENCODERS, denoiser_of, settings, standing_in
 from slimdiff.errors import SlimdiffError
-from slimdiff.families import family_of
-from slimdiff.refit import RefitResult, RefitSettings, refit
+from slimdiff.held_out import HeldOut
+from slimdiff.journal import Journal
+from slimdiff.plan import Plan
+from slimdiff.refit import RefitSettings, refit
 from slimdiff.refitting.calls import sampled_calls
 
-Progress = Callable[[str, int, int], None]
-Choice = bool | Literal["auto"]
+WORTHWHILE = 1e-4
+"""Error on held-out prompts from which on a refit is made unless it is told not to: below it layers
+lose so little together that there is nothing to mend."""
 
-LEAST_ERROR = 1e-5
-"""Error on probes below which `auto` leaves a denoiser as it is."""
+JUDGING_SHARE = 10
+"""One prompt in so many of those that give moments chooses each layer's ridge instead."""
 
-HELD_OUT = 8
-"""One prompt of so many is not solved on, but judges."""
-
-STEPS = 5
-"""Denoising steps of a prompt, at most: as many rows of more prompts hold more."""
-
-logger = logging.getLogger(__name__)
+FEWEST_PROMPTS = 16
 
 
-def before_refit(denoiser: nn.Module, prompts: Sequence[str], choice: Choice) -> nn.Module | None:
-    """A copy of the denoiser as it is, if it may be refit after it was rewritten.
+def check_refit(wanted: bool | None, component: str, prompts: int) -> None:
+    """Refuse what cannot be refit, before minutes are spent on slimming.
 
     Raises:
-        SlimdiffError: a refit was asked for, but there is one prompt alone, or it is an encoder.
+        SlimdiffError: a text encoder; too few prompts.
     """
-    if choice is False:
-        return None
-    text = family_of(denoiser).text
-    if len(prompts) > 1 and not text:
-        return copy.deepcopy(denoiser)
-    if choice is True:
-        why = "only denoisers are refit" if text else "one prompt is to solve on, another to judge"
+    if wanted and component in ENCODERS:
+        raise SlimdiffError(f"refitting is for denoisers; leave it out for {component}")
+    if wanted and prompts < FEWEST_PROMPTS:
         raise SlimdiffError(
-            f"refit of {type(denoiser).__name__} with {len(prompts)} prompts: {why}; give more "
-            f"prompts, or leave refit out"
+            f"got {prompts} prompts, but a refit needs at least {FEWEST_PROMPTS}: some solve it, "
+            f"others choose its ridge; give more, or leave it out"
         )
-    return None
 
 
-def refit_stage(
-    pipe: Any,
-    dense: nn.Module | None,
-    prompts: Sequence[str],
-    config: CalibrationConfig,
-    choice: Choice,
-    error: float,
-    progress: Progress | None = None,
-) -> RefitResult | None:
-    """Refit the denoiser of `pipe`, unless it lost next to nothing; None where it was left alone.
+def may_refit(wanted: bool | None, recipe: str, component: str, prompts: int) -> bool:
+    """Whether a refit may follow, so that the dense denoiser has to be kept.
 
     Args:
-        pipe: a pipeline whose denoiser is slim.
-        dense: what `before_refit` kept.
-        prompts: calibration prompts: most are solved on, one of `HELD_OUT` judges.
-        config: how calibration sampled.
-        choice: True, or `auto`: only where `error` is not below `LEAST_ERROR`.
-        error: of the slim denoiser on the probes.
-        progress: as for `refit`.
+        wanted: as the caller has it; None leaves it to what is measured.
+        recipe: others than slimdiff's own are left as their papers have them, unless told.
+        component: of the pipeline.
+        prompts: how many there are.
     """
-    if dense is None or (choice == "auto" and error < LEAST_ERROR):
-        return None
-    settings = RefitSettings(seed=config.seed)
-    judges = max(1, len(prompts) // HELD_OUT)
-    parts = (prompts[:-judges], prompts[-judges:])
-    name, slim = component_of(pipe)
-    first = 1_000_003 * config.seed + 500_000  # noise that calibration did not see
-    sampling = config.sampling
-    sampling["num_inference_steps"] = min(STEPS, config.num_inference_steps)
-    setattr(pipe, name, dense)
-    try:
-        calls, held_out = (
-            sampled_calls(pipe, texts, range(start, start + len(texts)), rows, **sampling)
-            for texts, start, rows in zip(
-                parts, (first, first + len(parts[0])), settings.rows, strict=True
-            )
+    if wanted is None:
+        return recipe == "slimdiff" and component not in ENCODERS and prompts >= FEWEST_PROMPTS
+    return wanted
+
+
+def refit_slimmed(
+    journal: Journal,
+    dense: nn.Module,
+    plan: Plan,
+    held_out: HeldOut,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """Refit what a compression made of `dense`, and note it in the figures of its plan.
+
+    Without being told to, only where the plan's figures say that enough is lost. The weights change
+    only if the error falls on prompts that the refit does not solve on; prompts that calibration
+    held out are not used.
+
+    Args:
+        journal: its pipeline has the slim denoiser.
+        dense: a copy of the denoiser as it was.
+        plan: with its error on held-out prompts.
+        held_out: measures that again.
+        progress: called with ("refit", layers done, in all).
+    """
+    before = plan.figures["error_on_probes"]
+    if journal.settings["refit"] is None and before < WORTHWHILE:
+        return
+    slim: Any = denoiser_of(journal.pipe)[1]
+    how = RefitSettings()
+    with journal.timed("refit"):
+        with standing_in(journal.pipe, dense) as pipe:
+            fit, judging = _calls(journal, pipe, how)
+        result = refit(dense, slim, fit, judging, how, progress=progress)
+    changed = sum(layer.strength is not None for layer in result.layers) if result.kept else 0
+    if changed:
+        slim.register_to_config(
+            slimdiff=settings(slim)["slimdiff"] | {"refit": {"layers": changed}}
         )
-    finally:
-        setattr(pipe, name, slim)
-    result = refit(dense, slim, calls, held_out, settings, progress=progress)
-    logger.info("refit: %.2e -> %.2e on held-out calls", result.before, result.after)
-    return result
+    plan.figures["refit"] = {"before": before, "layers": changed}
+    plan.figures.update(held_out.figures())
+
+
+def _calls(journal: Journal, pipe: Any, how: RefitSettings) -> tuple[list[Any], list[Any]]:
+    """Calls to solve on and to choose ridges by, of other prompts, along few-step trajectories."""
+    config, held = journal.config, set(held_out_places(len(journal.prompts)))
+    texts = [text for place, text in enumerate(journal.prompts) if place not in held]
+    sides = [text for i, text in enumerate(texts) if i % JUDGING_SHARE], texts[::JUDGING_SHARE]
+    steps = min(config.steps_per_prompt or config.num_inference_steps, config.num_inference_steps)
+    sampling = config.sampling | {"num_inference_steps": steps}
+    found = []
+    for own, rows, seed in zip(sides, how.rows, (0, 10**6), strict=True):
+        own = own[: math.ceil(rows / steps)]
+        seeds = range(seed, seed + len(own))
+        found.append(sampled_calls(pipe, own, seeds, rows, **sampling))
+    return found[0], found[1]

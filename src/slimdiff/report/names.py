@@ -20,6 +20,7 @@ FIGURES = {
     "error_guided": "velocity error, guided, on held-out prompts",
     "error_on_probes": "velocity error on held-out prompts",
     "error_on_seen": "velocity error on calibration prompts",
+    "refit": "velocity error before and after the refit",
     "healed": "healing: error on held-out prompts",
     "layers_removed": "layers removed wholly",
     "heads_removed": "attention heads removed elsewhere",
@@ -69,6 +70,8 @@ def figure_name(key: str, figures: Mapping[str, Any]) -> str:
         name = name.replace("held-out", "calibration")
     if "error_guided" not in figures:
         name = name.replace(", guided", "")
+    if "refit" in figures and key == "predicted_error":
+        name += ", before the refit"
     if "healed" in figures and key in ERRORS:
         name += ", before healing"
     encoder = figures.get("component")
