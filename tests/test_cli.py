@@ -277,6 +277,11 @@ BAD = {
         ["compress", "{slim}", "--low-memory", "--statistics", "{statistics}", "--params", "0.9"],
         "slim already, and in low memory",
     ),
+    "healing for no time": (["{job}", "--heal", "0"], "must be positive, got 0.0"),
+    "healing, in low memory": (
+        ["compress", "{dense}", "--low-memory", "--statistics", "{statistics}", "--heal", "1"],
+        "leave out --heal",
+    ),
     "unknown option": (["compress", "--parms", "0.8"], "No such option: --parms"),
     "unknown command": (["squeeze"], "No such command 'squeeze'"),
     "nothing to draw": (["generate", "{dense}"], "give --prompt"),

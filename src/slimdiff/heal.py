@@ -111,8 +111,9 @@ def heal_slimmed(
     """
     slim = denoiser_of(journal.pipe)[1]
     how: dict[str, Any] = {"sampling": journal.config, "minutes": journal.settings["heal"]}
+    how |= {"config": HealConfig(seed=journal.config.seed)}
+    how |= {"checkpoint": checkpoint, "progress": progress}
     with journal.timed("heal"), standing_in(journal.pipe, dense) as pipe:
-        how |= {"checkpoint": checkpoint, "progress": progress}
         result = heal(pipe, slim, journal.prompts, **how)
     plan.figures["healed"] = result.figures() | {"error_on_probes": probed.error({})}
 

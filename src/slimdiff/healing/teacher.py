@@ -93,7 +93,8 @@ def split(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
 @contextlib.contextmanager
 def standing_in(pipe: Any, denoiser: nn.Module) -> Iterator[Any]:
     """The pipeline with `denoiser` in the place of its own, which it gets back afterwards."""
-    name, own = denoiser_of(pipe)
+    name = denoiser_of(pipe)[0]
+    own = getattr(pipe, name)
     setattr(pipe, name, denoiser)
     try:
         yield pipe
