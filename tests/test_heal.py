@@ -21,7 +21,7 @@ from tiny_pipeline import slim_by_hand, tiny_pipeline
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "tan") for thing in ("cat", "sun", "sea")]
 SAMPLING = slimdiff.CalibrationConfig(num_inference_steps=2, guidance_scale=3.0)
 HOW: dict[str, Any] = {"batch_size": 8, "round_prompts": 2, "reuse": 2, "precision": "float32"}
-CONFIG = slimdiff.HealConfig(**HOW, learning_rate=3e-3, warmup_steps=2, save_seconds=0)
+CONFIG = slimdiff.HealConfig(**HOW, learning_rate=1e-3, warmup_steps=2, save_seconds=0)
 
 
 class Interrupted(Exception):
@@ -65,7 +65,7 @@ def test_it_lowers_the_error_that_an_evaluation_measures(dense: Any) -> None:
     result = healed(dense, slim)
     errors.append(velocity_error(dense, slim, held_out, **how).relative)
     assert (result.before, result.after) == pytest.approx(errors, rel=1e-4)
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
     assert (result.steps, result.stopped, result.held_out, result.prompts) == (6, "steps", 1, 5)
     assert equal(weights(dense.unet), before), "the dense denoiser is not trained"
     assert all(p.requires_grad and p.grad is None for p in dense.unet.parameters())
@@ -139,10 +139,14 @@ def test_bfloat16_is_for_errors_that_hide_its_rounding(
     dense: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(student_, "has_fast_bfloat16", lambda _device: True)
-    assert healed(dense, damaged(dense, 0.2), steps=1).precision == "bfloat16"
-    assert healed(dense, damaged(dense, 1e-3), steps=1).precision == "float32"
-    asked = slimdiff.HealConfig(precision="bfloat16")
-    assert healed(dense, damaged(dense, 1e-3), steps=1, config=asked).precision == "bfloat16"
+
+    def precision(share: float, asked: str) -> str:
+        config = slimdiff.HealConfig(**(HOW | {"precision": asked}))
+        return healed(dense, damaged(dense, share), steps=1, config=config).precision
+
+    assert precision(0.2, "auto") == "bfloat16"
+    assert precision(1e-3, "auto") == "float32"
+    assert precision(1e-3, "bfloat16") == "bfloat16"
 
 
 def test_a_step_in_parts_is_the_step_at_once(dense: Any) -> None:

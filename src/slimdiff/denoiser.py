@@ -36,7 +36,8 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
 @contextlib.contextmanager
 def standing_in(pipe: Any, denoiser: nn.Module) -> Iterator[Any]:
     """The pipeline with `denoiser` in the place of its own, which it gets back afterwards."""
-    name, own = denoiser_of(pipe)
+    name = denoiser_of(pipe)[0]
+    own = getattr(pipe, name)
     setattr(pipe, name, denoiser)
     try:
         yield pipe

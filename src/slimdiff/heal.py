@@ -117,8 +117,9 @@ def heal_slimmed(
     how: dict[str, Any] = {"sampling": journal.config, "minutes": journal.settings["heal"]}
     how["held_out"] = list(dict.fromkeys(texts[place] for place in sorted(judging)))
     train = [text for text in train if text not in how["held_out"]]
+    how |= {"config": HealConfig(seed=journal.config.seed)}
+    how |= {"checkpoint": checkpoint, "progress": progress}
     with journal.timed("heal"), standing_in(journal.pipe, dense) as pipe:
-        how |= {"checkpoint": checkpoint, "progress": progress}
         result = heal(pipe, slim, train, **how)
     plan.figures["healed"] = result.figures() | held_out.figures()
 

@@ -67,19 +67,14 @@ def compress(
     Args:
         pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
-        budget, plan: what the component may hold afterwards, or the widths to use instead.
-        recipe to layers, saving: see `allocate`.
-        component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
-        config: how calibration samples.
-        refit: whether weights are solved anew on the slim denoiser's own inputs; None: if enough is
-            lost on held-out prompts.
-        heal: minutes to train afterwards, see `slimdiff.heal`.
+        budget, plan: what may stay, or the widths to use. Recipe to layers, saving: see `allocate`.
+        component, config: a text encoder to slim instead, of its own budget; how to sample.
+        refit, heal: see `slimdiff.refit` (None: where that pays), `slimdiff.heal` (in minutes).
         checkpoint, progress: folder to save to and resume from; called with (stage, done, in all).
         results, pictures: file for `slimdiff report`, and how many prompts are drawn for it.
 
     Raises:
-        SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
-            incomplete denoiser, NaN or infinity in an activation.
+        SlimdiffError: an impossible budget, no prompts, an unknown denoiser, NaN or infinity.
     """
     denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}

@@ -86,29 +86,24 @@ def allocate(
     """A width for every group under `budget`; the denoiser is not changed.
 
     Args:
-        denoiser: of a known family, dense or slim already.
-        statistics: recorded from it.
+        denoiser, statistics: of a known family, dense or slim already; recorded from it.
         budget: what the whole denoiser may hold, in shares of what it holds now: never exceeded,
             met within one width step; or how fast it is to be, or what it may lose: plans are then
             measured and made again.
-        recipe: `slimdiff`, `paper` or `magnitude`: how groups are decomposed.
-        allocation: `probed`, `entropic`, `uniform` or `threshold`; by default the recipe's own.
-        tied: the two halves of an attention layer share one width, which keeps the stock
-            attention processors; untied layers use slimdiff's own processor.
+        recipe, allocation: `slimdiff`, `paper` or `magnitude`: how groups are decomposed; `probed`,
+            `entropic`, `uniform` or `threshold`, by default the recipe's own.
+        tied: both halves of an attention layer share one width, which keeps stock processors.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
         head_multiple: where heads go, as many stay as divide by this: the number of ranks that
             share the heads of a layer (Ulysses, tensor parallelism).
-        remove_layers: let whole layers go, and put out their mean, and whole heads, where the
-            probed allocation finds that best on the probes; statistics without means keep all
-            layers.
-        layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
-            that the recipe knows (`paper` and `magnitude` leave ResNets alone).
+        remove_layers: let whole layers go, and put out their mean, and whole heads, where that is
+            best on the probes.
+        layers: what may shrink, such as `attention`; by default all that the recipe knows.
         curves: from `measure_curves`; measured here if not given.
         saving: how it will be saved, if not as it stands; budgets of memory count so.
-        timed_rows: rows of the call whose time is budgeted, at most as many as there are probes;
-            two is one image with guidance.
-        folder: where a profile of the layers' times is kept, for budgets that are a time.
+        timed_rows: rows of the call whose time is budgeted; two is one image with guidance.
+        folder: where a profile of the layers' times is kept.
         progress: called with (stage, groups done, groups in all).
 
     Raises:
@@ -117,12 +112,13 @@ def allocate(
     """
     earlier_record(denoiser)
     chosen = recipe_named(recipe)
-    name = allocation or chosen.allocation
-    settings = Allocation(name, tied, multiple, temperature, head_multiple=head_multiple)
+    how = (allocation or chosen.allocation, tied, multiple, temperature)
+    settings = Allocation(*how, head_multiple=head_multiple)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
-        how: dict[str, Any] = {"layers": layers, "progress": progress}
-        curves = measure_curves(denoiser, statistics, recipe, allocation, **how)
+        curves = measure_curves(
+            denoiser, statistics, recipe, allocation, layers=layers, progress=progress
+        )
     job = Job(denoiser, statistics, budget, chosen, settings, layers, curves, saving)
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":

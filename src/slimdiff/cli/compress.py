@@ -98,23 +98,21 @@ def compress(
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
-    budgets = (params, macs, remove, memory, speedup, latency, quality)
-    allocation = allocation or ("uniform" if low_memory else None)
     choices = (recipe, allocation, untied, multiple, temperature, component)
-    job = _how(plan, budgets, layers, *choices)
+    budgets = (params, macs, remove, memory, speedup, latency, quality)
+    job = _how(plan, budgets, layers, *choices, low_memory=low_memory)
+    job |= {"heal": heal, "refit": refit}
     if low_memory:
-        return _stream(where, out, statistics, job | {"heal": heal, "refit": refit}, variant)
+        return _stream(where, out, statistics, job, variant)
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
-    call |= {"steps_per_prompt": steps_per_prompt}
-    config = CalibrationConfig(num_inference_steps=steps, **call)
+    call |= {"num_inference_steps": steps, "steps_per_prompt": steps_per_prompt}
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
+    job |= {"config": CalibrationConfig(**call), "remove_layers": remove_layers}
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    more = {"config": config, "checkpoint": checkpoint, "remove_layers": remove_layers}
-    more |= {"heal": heal, "refit": refit}
-    job |= more | (page if report else {})
+    job |= {"checkpoint": checkpoint} | (page if report else {})
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
 
@@ -178,13 +176,14 @@ def _how(
     multiple: int,
     temperature: float,
     component: str | None,
+    *,
+    low_memory: bool,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
     from slimdiff.bundles import Allocation
 
-    chosen = Allocation(
-        allocation or recipe_named(recipe).allocation, not untied, multiple, temperature
-    )
+    own_choice = "uniform" if low_memory else recipe_named(recipe).allocation
+    chosen = Allocation(allocation or own_choice, not untied, multiple, temperature)
     given = dict(zip((field.name for field in fields(Budget)), budgets, strict=True))
     if plan is not None and any(given.values()):
         raise SlimdiffError("--plan has widths already: give either --plan or a budget")

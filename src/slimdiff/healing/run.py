@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +23,8 @@ MOST_LOST = 10
 """Steps in a row without a finite gradient, after which none is expected any more."""
 SAME_START = 0.01
 """By how much of itself the error before healing may differ from that of the run to go on with."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class Healing:
         self.config = student.config
         self.done = Progress()
         self.rounds: list[list[Call]] = []
+        self.at_once = student.config.rows_at_once
 
     def run(self) -> Progress:
         """Heal until something ends it; the student has kept the best weights.
@@ -104,7 +109,7 @@ class Healing:
         self._judge, self._judged = judge, judge.some(self.config.held_out_rows, generator)
         squares = sum(float(target.double().square().sum()) for _, target in self._held_out("cpu"))
         self._energy = squares / len(self._judged)
-        error = self.student.error(self._held_out())
+        error = self._error()
         if not math.isfinite(error):
             raise SlimdiffError(
                 f"the error before healing is {error}, expected a finite one; are the weights of "
@@ -117,8 +122,22 @@ class Healing:
         self._resume(error)
 
     def _held_out(self, device: torch.device | str | None = None) -> Iterator[Batch]:
-        at_once = self.config.rows_at_once
-        return self._judge.batches(self._judged, at_once, device or self.student.device)
+        device = self.student.device if device is None else device
+        return self._judge.batches(self._judged, self.at_once, device)
+
+    def _error(self) -> float:
+        return self._fitting(lambda: self.student.error(self._held_out()))
+
+    def _fitting(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives, with half the rows at once as often as memory does not suffice."""
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+            self.at_once //= 2  # here, where the exception holds no tensors any more
+            logger.info("healing: not enough memory; %d rows at once from now on", self.at_once)
 
     def _resume(self, error: float) -> None:
         found = None if self.file is None else self.file.load()
@@ -166,7 +185,7 @@ class Healing:
                 self.done.stopped = "not finite"
                 break
         self.done.round += 1
-        self._decide(self.student.error(self._held_out()))
+        self._decide(self._error())
 
     def _step(self, rows: Rows, generator: torch.Generator) -> bool:
         """One step on rows drawn at random, others where their gradients are not finite."""
@@ -175,12 +194,15 @@ class Healing:
         rate = config.learning_rate * warm * (1 - self.limits.share(self.done))
         for _ in range(MOST_LOST):
             places = rows.some(config.batch_size, generator)
-            batches = rows.batches(places, config.rows_at_once, self.student.device)
-            if self.student.step(batches, self._energy * len(places), rate):
+            if self._fitting(functools.partial(self._update, rows, places, rate)):
                 self.done.step += 1
                 self._tick()
                 return True
         return False
+
+    def _update(self, rows: Rows, places: list[int], rate: float) -> bool:
+        batches = rows.batches(places, self.at_once, self.student.device)
+        return self.student.step(batches, self._energy * len(places), rate)
 
     def _decide(self, error: float) -> None:
         """Keep what is better, and stop where it is time to."""

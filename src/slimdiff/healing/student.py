@@ -162,11 +162,12 @@ class Student:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned.
-
-        Raises:
-            KeyError: it is the state of another denoiser.
-        """
+        """Go on from what `state` returned; of a run that ended only the best weights are there."""
+        kept = {name: f"best/{name}" for name in self.parameters}
+        self.best = {name: state[key].clone() for name, key in kept.items() if key in state}
+        if "usual_norm" not in state:
+            return
+        self.usual_norm = float(state["usual_norm"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weight/{name}"])
             moments = {key: state.get(f"{key}/{name}") for key in ("step", *MOMENTS)}
@@ -174,9 +175,6 @@ class Student:
                 device = {key: self.device for key in MOMENTS} | {"step": torch.device("cpu")}
                 own = {k: v.to(device[k], copy=True) for k, v in moments.items() if v is not None}
                 self.optimizer.state[parameter] = own
-        kept = {name: f"best/{name}" for name in self.parameters}
-        self.best = {name: state[key].clone() for name, key in kept.items() if key in state}
-        self.usual_norm = float(state["usual_norm"])
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -131,6 +131,9 @@ def plan_facts(results: Results) -> dict[str, str]:
     for key in ERRORS:
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
+    if refit := figures.get("refit"):
+        errors = (numbers.error(error) for error in (refit["before"], figures["error_on_probes"]))
+        found[FIGURES["refit"]] = numbers.ARROW.join(errors)
     if healed := figures.get("healed"):
         errors = (numbers.error(healed[key]) for key in ("before", "after"))
         found[FIGURES["healed"]] = numbers.ARROW.join(errors)
