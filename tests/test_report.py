@@ -73,7 +73,7 @@ def test_the_sentence_at_the_top_says_what_is_gone_and_what_it_cost(page):
         f"scenes-unet-slim is scenes-unet with {100 * params:.1f} % of the parameters and "
         f"{100 * macs:.1f} % of the MACs of its UNet2DConditionModel gone; "
         f"one call is 1.16 × faster (its MACs allow 1.21 ×); its velocity error on test prompts is "
-        f"2.0e-7 and images of the same seeds agree to 64.7 dB PSNR; 98.2 % of the scenes are "
+        f"2.0e-7 and images of the same seeds agree to 64.7 dB PSNR; 98.2 % of the pictures are "
         f"drawn right (dense: 99.4 %)."
     ) in page.text
 

@@ -98,23 +98,22 @@ def compress(
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
-    choices = (recipe, allocation, untied, multiple, temperature, component)
+    choices = (recipe, allocation, untied, multiple, temperature, component, low_memory)
     budgets = (params, macs, remove, memory, speedup, latency, quality)
-    job = _how(plan, budgets, layers, *choices, low_memory=low_memory)
-    job |= {"heal": heal, "refit": refit}
+    job = _how(plan, budgets, layers, *choices) | {"heal": heal, "refit": refit}
     if low_memory:
         return _stream(where, out, statistics, job, variant)
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
     call |= {"num_inference_steps": steps, "steps_per_prompt": steps_per_prompt}
-    texts = models.prompts(where, prompts, num_prompts, "calibration")
-    checkpoint = statistics or outcome.beside(out, "statistics")
     job |= {"config": CalibrationConfig(**call), "remove_layers": remove_layers}
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    job |= {"checkpoint": checkpoint} | (page if report else {})
+    job["checkpoint"] = statistics or outcome.beside(out, "statistics")
+    job |= page if report else {}
+    texts = models.prompts(where, prompts, num_prompts, "calibration")
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
-    outcome.show(done, out, checkpoint, where.name if report else None)
+    outcome.show(done, out, job["checkpoint"], where.name if report else None)
 
 
 def _run(
@@ -176,7 +175,6 @@ def _how(
     multiple: int,
     temperature: float,
     component: str | None,
-    *,
     low_memory: bool,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
