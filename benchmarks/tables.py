@@ -20,6 +20,7 @@ from further_tables import (
     removal,
     transformer,
 )
+from generalisation.summary import render as generalisation
 from layer_tables import rest, upsamplers
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
@@ -107,6 +108,7 @@ OTHERS = {
     "elastic": elastic,
     "half": half,
     "low-memory": low_memory,
+    "generalisation": generalisation,
 }
 
 

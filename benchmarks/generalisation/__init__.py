@@ -1,0 +1,1 @@
+"""Defaults on trial across small models of other seeds, widths and worlds."""
