@@ -171,10 +171,10 @@ def test_a_bundled_reference_is_trained_on(tmp_path: Path) -> None:
 
 
 def described(module: Any) -> dict[str, Any]:
-    """Its configuration without what saving and loading add."""
+    """Its configuration without what assembling, saving and loading add."""
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    added = ("dtype", "architectures", "transformers_version", "_name_or_path")
-    kept = {key: value for key, value in config.items() if key not in added}
+    added = ("dtype", "architectures", "transformers_version", "scaling_factor")
+    kept = {k: value for k, value in config.items() if k not in added and k[0] != "_"}
     return dict(json.loads(json.dumps(kept, default=str)))
 
 

@@ -16,10 +16,10 @@ from slimdiff.results import write
 HELP = """Measure what was lost and what was gained: dense against slim, same prompts, same seeds.
 
 Fidelity: error of the denoiser's prediction by timestep, PSNR and SSIM of the images, Fréchet and
-kernel distance between the two sets of images, CLIP score if a CLIP folder is given, scene accuracy
-on the bundled reference. Cost: parameters, MACs, bytes, peak memory and latency, timed in turn.
-Nothing is downloaded; what cannot be measured is said. Use prompts that calibration has not seen;
-the bundled reference has test prompts of its own, other models need --prompts.
+kernel distance between the two sets of images, CLIP score if a CLIP folder is given, and what the
+judge of a bundled reference finds right. Cost: parameters, MACs, bytes, peak memory and latency,
+timed in turn. Nothing is downloaded; what cannot be measured is said. Use prompts that calibration
+has not seen; bundled references have test prompts of their own, other models need --prompts.
 
 The results are a JSON file, from which `slimdiff report` makes a page.
 
