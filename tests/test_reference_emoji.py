@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from slimdiff.cli import models
+from slimdiff.cli import models, saving
 from slimdiff.cli.evaluate import _judge_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.metrics import wilson
-from slimdiff.reference import load_reference
 from slimdiff.reference.accuracy import Accuracy, mean_interval
 from slimdiff.reference.emoji import judge, packages, render
 from slimdiff.reference.emoji.captions import (
@@ -342,10 +341,18 @@ def test_the_commands_know_its_prompts_guidance_and_judge() -> None:
     assert [row.name for row in rows if row.detail] == ["background", "emoji", "likeness", "margin"]
 
 
-def test_its_text_encoder_is_saved_in_the_dtype_that_it_is_loaded_in() -> None:
+def test_what_the_commands_save_fits_together_in_plain_diffusers(tmp_path: Path) -> None:
+    """Its text encoder is stored in 16 bits and, as its configuration says, loaded in 32."""
+    from diffusers import DiffusionPipeline
+
     where = models.source("emoji-unet")
-    pipe = load_reference("emoji-unet")
-    kept = load_file(Path(where.path) / "text_encoder" / "model.safetensors")
-    assert {weight.dtype for weight in kept.values()} == {torch.float16}
+    pipe = models.load(where, "auto", "cpu")
     assert pipe.text_encoder.dtype == torch.float32
-    assert models.stored_dtypes(where, pipe, None) == dict.fromkeys(("unet", "vae"), torch.float16)
+    saving.save(pipe, tmp_path / "out", saving.folders(where, pipe, None), None, "unet")
+    kept = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {torch.float16}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert loaded.text_encoder.dtype == loaded.unet.dtype == torch.float32
+    loaded.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 1, "guidance_scale": 2.0, "output_type": "latent"}
+    assert loaded("fluent red apple on navy background", **how).images.isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,4 +39,22 @@ def save(
         dtypes = saving_of(module, folder, variant).dtypes
         cast_(module, dtypes, weight_files(folder, variant))
     save_pipeline(pipe, out, variant=variant)
+    for name, folder in origins.items():
+        if name != component:
+            _keep_named_dtype(folder, out / name)
     refuse_other_weights(getattr(pipe, component), out / component, variant)
+
+
+def _keep_named_dtype(origin: Path, saved: Path) -> None:
+    """Have the configuration of a component name the dtype that its origin's names to load in.
+
+    transformers writes that of the weights, and loads in it: a text encoder that was stored in 16
+    bits but is to be loaded in 32 would no longer fit a denoiser that is loaded in 32.
+    """
+    files = [folder / "config.json" for folder in (origin, saved)]
+    if not all(file.is_file() for file in files):
+        return
+    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    if "dtype" in before and before["dtype"] != after.get("dtype"):
+        text = json.dumps(after | {"dtype": before["dtype"]}, indent=2, sort_keys=True)
+        files[1].write_text(text + "\n", encoding="utf-8")
