@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 # The main job on a bundled reference: calibrate, slim, save, reload, same prompts and seeds.
 demo: $(STAMP)
-	$(VENV)/bin/slimdiff compress emoji-unet --params 0.5 --num-prompts 64 --steps 10 --batch-size 16
+	$(VENV)/bin/slimdiff compress emoji-unet --params 0.5 --num-prompts 64 --steps 10 --batch-size 16 --num-probes 16 --no-refit
 	$(VENV)/bin/slimdiff compare emoji-unet emoji-unet-slim --out emoji-unet-compare.png
 
 test: $(STAMP)

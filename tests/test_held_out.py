@@ -37,6 +37,17 @@ def test_the_printed_error_is_that_of_whole_trajectories_of_other_prompts(done: 
     assert plan.figures["error_guided"] > 0 and plan.figures["error_on_seen"] > 0
 
 
+def test_a_refit_is_made_where_much_is_lost_and_told(done: Any) -> None:
+    _, slim, plan = done
+    refit = plan.figures["refit"]
+    changed = slim.unet.config["slimdiff"].get("refit", {"layers": 0})
+    assert refit["before"] > 1e-4 and refit["layers"] == changed["layers"]
+    assert plan.figures["error_on_probes"] <= 1.2 * refit["before"]
+    assert "refit" in plan.figures["seconds"]
+    with pytest.raises(slimdiff.SlimdiffError, match="needs at least 16"):
+        slimdiff.compress(slim, PROMPTS[:2], slimdiff.Budget(params=0.9), config=CONFIG, refit=True)
+
+
 def test_with_one_prompt_the_figures_say_that_it_is_the_calibrations_own() -> None:
     plan = slimdiff.compress(
         tiny_pipeline(), PROMPTS[:1], slimdiff.Budget(params=0.9), config=CONFIG

@@ -26,6 +26,9 @@ JUDGING_SHARE = 10
 
 FEWEST_PROMPTS = 16
 
+SAMPLES = (480, 96)
+"""Rows of denoiser calls that are solved on, and that choose ridges."""
+
 
 def check_refit(wanted: bool | None, component: str, prompts: int) -> None:
     """Refuse what cannot be refit, before minutes are spent on slimming.
@@ -80,7 +83,7 @@ def refit_slimmed(
     if journal.settings["refit"] is None and before < WORTHWHILE:
         return
     slim: Any = denoiser_of(journal.pipe)[1]
-    how = RefitSettings()
+    how = RefitSettings(rows=SAMPLES)
     with journal.timed("refit"):
         with standing_in(journal.pipe, dense) as pipe:
             fit, judging = _calls(journal, pipe, how)
