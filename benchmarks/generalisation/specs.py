@@ -84,6 +84,20 @@ SPECS: dict[str, ModelSpec] = {
                 "linear": True,
             },
         ),
+        ModelSpec(
+            "emoji-unet-longer",
+            "unet",
+            "emoji",
+            seed=505,
+            widths={
+                "unet_channels": (80, 120, 160),
+                "unet_heads": (2, 3, 4),
+                "norm_groups": 20,
+                "levels": 3,
+            },
+            steps=1000,
+            minutes=20.0,
+        ),
     )
 }
 """Every model that `train` knows, by name."""
