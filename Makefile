@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test
 
-# The main job on the bundled reference: calibrate, slim, save, reload, same prompts and seeds.
+# The main job on a bundled reference: calibrate, slim, save, reload, same prompts and seeds.
 demo: $(STAMP)
-	$(VENV)/bin/slimdiff compress --params 0.5 --num-prompts 64 --batch-size 16
-	$(VENV)/bin/slimdiff compare scenes-unet scenes-unet-slim --out scenes-unet-compare.png
+	$(VENV)/bin/slimdiff compress emoji-unet --params 0.5 --num-prompts 64 --steps 10 --batch-size 16
+	$(VENV)/bin/slimdiff compare emoji-unet emoji-unet-slim --out emoji-unet-compare.png
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .

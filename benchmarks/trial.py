@@ -15,15 +15,12 @@ import torch
 from slimdiff import costs, evaluate
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate import VelocityError
+from slimdiff.reference.accuracy import Accuracy
 from slimdiff.reference.bundled import load_reference
-from slimdiff.reference.captions import prompts
-from slimdiff.reference.judge import scene_accuracy
+from slimdiff.reference.references import reference, sampling_of
 
-SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
-OWN_SAMPLING = {"scenes-unet": SAMPLING} | {
-    name: SAMPLING | {"max_sequence_length": 1} for name in ("scenes-dit", "scenes-dit-qknorm")
-}
-"""How each reference is sampled: the transformers have no T5 encoder to give more tokens."""
+STEPS: dict[str, Any] = {"num_inference_steps": 20}
+SAMPLING = STEPS | sampling_of("scenes-unet")
 BATCH = 16
 
 
@@ -41,14 +38,18 @@ class Trial:
 
     def __init__(self, size: Size, name: str = "scenes-unet", split: str = "test") -> None:
         self.size, self.split = size, split
-        self.sampling = OWN_SAMPLING[name]
+        self.sampling, self.world = STEPS | sampling_of(name), reference(name).world
         self.pipe = load_reference(name, torch.float32)
         self.component, self.dense = denoiser_of(self.pipe)
         for module in (self.dense, self.pipe.vae):
             module.to(memory_format=torch.channels_last)
-        self.calls = self._dense_calls(prompts(split, size.errors))
+        self.calls = self._dense_calls(self.prompts(size.errors))
         self.one_row = evaluate.sampling.one_row_of(self.calls[0][0])
         self._images: list[Any] = []
+
+    def prompts(self, count: int) -> list[str]:
+        """The first prompts of the split."""
+        return self.world.prompts(self.split, count)
 
     def _dense_calls(self, texts: list[str]) -> list[tuple[dict[str, Any], torch.Tensor]]:
         calls: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -96,7 +97,7 @@ class Trial:
 
     def draw(self, pipe: Any, count: int, start: int = 0) -> list[Any]:
         """Images of the first test prompts, or from `start` on, with seeds 0, 1, 2, ..."""
-        texts, seeds = prompts(self.split, count)[start:], range(start, count)
+        texts, seeds = self.prompts(count)[start:], range(start, count)
         return evaluate.generate(pipe, texts, seeds, batch_size=32, **self.sampling)
 
     def dense_images(self, count: int) -> list[Any]:
@@ -106,16 +107,19 @@ class Trial:
         return self._images[:count]
 
     def quality(self, pipe: Any, count: int) -> dict[str, Any]:
-        """Scene accuracy with its interval, and likeness to the dense images."""
+        """Accuracy with its interval, what else the judge measures, and likeness to dense."""
         dense = self.dense_images(count)
         images = dense if denoiser_of(pipe)[1] is self.dense else self.draw(pipe, count)
-        accuracy = scene_accuracy(images, prompts(self.split, count))
+        texts = self.prompts(count)
+        accuracy = self.world.judge(images, texts)
+        before = self.world.judge(dense, texts) if accuracy.graded else accuracy
         return {
             "images": count,
             "scene_accuracy": accuracy.whole,
             "interval": list(accuracy.interval),
             "psnr": evaluate.psnr(images, dense),
             "ssim": evaluate.ssim(images, dense),
+            **{name: graded(accuracy, before, name) for name in accuracy.graded},
         }
 
     def call_speedup(self, unet: Any, rows: int = 2) -> float:
@@ -136,7 +140,7 @@ class Trial:
         """Times faster than dense: the sampling of one image, without the VAE."""
 
         def sampling(pipe: Any) -> Any:
-            texts = prompts(self.split, 1)
+            texts = self.prompts(1)
             return lambda: evaluate.generate(
                 pipe, texts, [0], output_type="latent", **self.sampling
             )
@@ -150,3 +154,14 @@ class Trial:
     def copy_of_denoiser(self) -> Any:
         """A dense denoiser to change."""
         return copy.deepcopy(self.dense)
+
+
+def graded(slim: Accuracy, dense: Accuracy, name: str) -> dict[str, Any]:
+    """A measure of the judge: its mean, and its change from the dense images, with intervals."""
+    change, interval = slim.change_from(dense, name)
+    return {
+        "mean": slim.means[name],
+        "interval": list(slim.interval_of(name)),
+        "change": change,
+        "change_interval": list(interval),
+    }

@@ -191,11 +191,10 @@ def test_the_bundled_pipeline_generates(name: str) -> None:
         pytest.skip(f"the bundled pipeline {name} is not in this checkout")
     from slimdiff.reference import load_reference
     from slimdiff.reference.export import generate
-    from slimdiff.reference.references import reference
+    from slimdiff.reference.references import reference, sampling_of
 
-    pipe = load_reference(name)
-    captions = prompts("test", 8)
-    fastest = next(iter(reference(name).sampling.values()))
-    images = generate(pipe, captions, **fastest)
-    assert images.shape == (8, SIDE, SIDE, 3)
-    assert scene_accuracy(images, captions).shares["background"] >= 0.5
+    pipe, world = load_reference(name), reference(name).world
+    captions = world.prompts("test", 4)
+    images = generate(pipe, captions, steps=8, **sampling_of(name))
+    assert images.shape == (4, SIDE, SIDE, 3)
+    assert world.judge(images, captions).shares["background"] >= 0.5

@@ -107,7 +107,7 @@ def evaluate(
     measures: dict[str, Any] = {
         "features": None if features is None else _named("--features", ImageModel, features),
         "clip": None if clip is None else _named("--clip", ClipScore, clip),
-        "judge": _judge if where.bundled and prompts is None else None,
+        "judge": _judge_of(where.name) if where.bundled and prompts is None else None,
     }
     big = models.load(where, dtype, device, variant)
     warn_if_swapped(big, small, (dense, slim))
@@ -136,22 +136,12 @@ def warn_if_swapped(big: Any, small: Any, names: tuple[str, str]) -> None:
         )
 
 
-def _judge(images: Any, prompts: Any) -> dict[str, Any]:
-    """Scene accuracy of the bundled reference, in the form of results."""
-    from slimdiff.metrics import wilson
-    from slimdiff.reference.judge import scene_accuracy
+def _judge_of(name: str) -> Callable[[Any, Any], dict[str, Any]]:
+    """The judge of a bundled reference, in the form of results."""
+    from slimdiff.reference.references import reference
 
-    found, count = scene_accuracy(images, prompts), len(prompts)
-    attributes = {
-        name: {"share": share, "interval": list(wilson(round(share * count), count))}
-        for name, share in found.shares.items()
-    }
-    return {
-        "whole": found.whole,
-        "interval": list(found.interval),
-        "attributes": attributes,
-        "count": count,
-    }
+    judge = reference(name).world.judge
+    return lambda images, prompts: judge(images, prompts).record()
 
 
 def show(results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Plan
 from slimdiff.prompts import read_prompts
 
-BUNDLED, BUNDLED_GUIDANCE = "scenes-unet", 3.0
-BUNDLED_TEXT_TOKENS = {"scenes-dit": 1, "scenes-dit-qknorm": 1}
-"""They have no T5 encoder: one token of zeros says as much as 256."""
+BUNDLED = "scenes-unet"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLAN_FILE = "slimdiff.json"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -51,8 +50,11 @@ def source(model: str | None) -> Source:
     from slimdiff.reference.bundled import REFERENCES, bundled_path
 
     if name in REFERENCES:
-        tokens = BUNDLED_TEXT_TOKENS.get(name)
-        return Source(name, str(bundled_path(name)), True, BUNDLED_GUIDANCE, tokens)
+        from slimdiff.reference.references import sampling_of
+
+        own = sampling_of(name)
+        how = (own.get("guidance_scale"), own.get("max_sequence_length"))
+        return Source(name, str(bundled_path(name)), True, *how)
     if not HUB_ID.fullmatch(name):
         raise SlimdiffError(
             f"{name}: no such folder; expected a diffusers folder, a hub id such as owner/name, "
@@ -86,7 +88,11 @@ def load(where: Source, dtype: str, device: str, variant: str | None = None) -> 
 
 
 def stored_dtypes(where: Source, pipe: Any, variant: str | None) -> dict[str, Any]:
-    """Component name -> 16-bit dtype that its weights have on disk; wider ones are left out."""
+    """Component name -> 16-bit dtype that its weights have on disk; wider ones are left out.
+
+    So is what loads as float32 by its own configuration, as text encoders may: in float16 it would
+    no longer fit a denoiser that is loaded without a dtype.
+    """
     from torch import nn
 
     stored = {}
@@ -97,9 +103,15 @@ def stored_dtypes(where: Source, pipe: Any, variant: str | None) -> dict[str, An
                 folder = Path(str(getattr(module.config, "_name_or_path", "")) or "missing")
             files = sorted(folder.glob("*.safetensors"))
             narrow = _narrow_dtype([f for f in files if f".{variant}" in f.name] or files)
-            if narrow is not None:
+            if narrow is not None and _named_dtype(folder) != "float32":
                 stored[name] = narrow
     return stored
+
+
+def _named_dtype(folder: Path) -> str | None:
+    """The dtype that a component's configuration says it is loaded in; diffusers' say none."""
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("dtype") if file.is_file() else None
 
 
 def _narrow_dtype(files: list[Path]) -> Any:
@@ -158,9 +170,9 @@ def prompts(where: Source, path: Path | None, n: int | None, split: str) -> list
             f"{where.name}: give --prompts FILE, one prompt per line, of the kind that the model "
             f"will be used for; a hundred are enough"
         )
-    from slimdiff.reference.captions import prompts as captions
+    from slimdiff.reference.references import reference
 
-    return captions(split, n)
+    return reference(where.name).world.prompts(split, n)
 
 
 def _folder(path: Path) -> Source:

@@ -1,4 +1,4 @@
-"""Bundled reference pipelines: a world of captioned scenes, its judge, and models trained on it."""
+"""Bundled reference pipelines: worlds of captioned pictures, their judges, and models of them."""
 
 from slimdiff.reference.bundled import REFERENCES, bundled_path, load_reference
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-REFERENCES: tuple[str, ...] = ("scenes-unet", "scenes-dit", "scenes-dit-qknorm")
+REFERENCES: tuple[str, ...] = ("scenes-unet", "scenes-dit", "scenes-dit-qknorm", "emoji-unet")
 """Names of the bundled reference pipelines."""
 
 
@@ -22,11 +22,13 @@ def bundled_path(name: str) -> Path:
 def load_reference(name: str = "scenes-unet", dtype: Any = None) -> DiffusionPipeline:
     """A bundled pipeline on CPU, in `dtype` (float32 by default), its progress bar off.
 
-    It takes captions such as "a large red circle top left on navy background" and makes images of
-    64 by 64 pixels; 20 steps at guidance 3 are what it is measured with. `scenes-unet` is a
+    All make images of 64 by 64 pixels and are measured with 20 steps. Those of scenes take captions
+    such as "a large red circle top left on navy background" at guidance 3: `scenes-unet` is a
     StableDiffusionPipeline, `scenes-dit` a StableDiffusion3Pipeline without a T5 encoder, which
     `max_sequence_length=1` makes fastest, and `scenes-dit-qknorm` the same with norms of queries
-    and keys, as in SD3.5.
+    and keys, as in SD3.5. `emoji-unet` is a StableDiffusionPipeline that takes captions such as
+    "fluent red apple on navy background" at guidance 2. `slimdiff.reference.references.reference`
+    knows each one's prompts, guidance and judge.
 
     Raises:
         KeyError: no such reference.

@@ -6,14 +6,12 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+from slimdiff.reference.accuracy import Accuracy
 from slimdiff.reference.build import parameters_of
 from slimdiff.reference.contract import Reference
-from slimdiff.reference.judge import SceneAccuracy
-from slimdiff.reference.scenes import SIDE
 from slimdiff.reference.state import Progress
 
 STEPS = 20
-GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -21,9 +19,9 @@ class Figures:
     """What the model card reports; `test` has a row for each way to call the pipeline."""
 
     progress: Progress
-    judge: SceneAccuracy
-    autoencoder: SceneAccuracy
-    test: dict[str, SceneAccuracy]
+    judge: Accuracy
+    autoencoder: Accuracy
+    test: dict[str, Accuracy]
 
     def record(self) -> dict[str, Any]:
         """The figures as JSON; "test" and "prompts" are of the first way to call it."""
@@ -31,11 +29,15 @@ class Figures:
         return {
             **vars(self.progress),
             "prompts": self.test[first].n,
-            "judge": self.judge.shares,
-            "autoencoder": self.autoencoder.shares,
-            "test": self.test[first].shares,
-            **({"others": {k: self.test[k].shares for k in others}} if others else {}),
+            "judge": _values(self.judge),
+            "autoencoder": _values(self.autoencoder),
+            "test": _values(self.test[first]),
+            **({"others": {k: _values(self.test[k]) for k in others}} if others else {}),
         }
+
+
+def _values(accuracy: Accuracy) -> dict[str, float]:
+    return {**accuracy.shares, **accuracy.means}
 
 
 CARD = """\
@@ -47,10 +49,9 @@ pipeline_tag: text-to-image
 # {name}
 
 A small but real `{pipeline}`, bundled with slimdiff so that compression can be tried,
-tested and measured without a download. It draws scenes of one or two objects on a lit background,
-{side} by {side} pixels, from captions such as
+tested and measured without a download. {drawn}
 
-    a large red circle top left and a small blue ring bottom right on navy background
+    {example}
 
 | part | what | parameters |
 |---|---|---|
@@ -70,49 +71,51 @@ image = pipe(caption, **options).images[0]
 
 ## Measured
 
-Share of images that the judge finds right, prompts of the test split (n in the last column),
-{sampling_steps} steps of {scheduler}, guidance {guidance}:
+{sampling_steps} steps of {scheduler}, guidance {guidance:g}, on prompts of the test split: share of
+images that the judge finds right, in brackets the 95 % interval of the whole.
 
-| | background | colour | shape | size | position | **whole scene** | 95 % interval |
-|---|---|---|---|---|---|---|---|
 {rows}
 
-Colour, shape and size count as right when they are so for every object of the image and no object
-is missing or too many; "whole scene" is everything at once.
-"""
+{right}
+{credits}"""
 
 
-def card(name: str, kind: Reference, pipe: Any, figures: Figures, note: str = "") -> str:
-    """The model card of the reference `name`, with a paragraph `note` on its training."""
+def card(
+    name: str, kind: Reference, pipe: Any, figures: Figures, machine: str, note: str = ""
+) -> str:
+    """The model card of the reference `name`, trained on `machine`, with a paragraph `note`."""
     rows = {
         **figures.test,
         "renders through the autoencoder": figures.autoencoder,
         "renders themselves (the judge)": figures.judge,
     }
-    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    options |= next(iter(kind.sampling.values()))
+    told, own = kind.world.told, next(iter(kind.sampling.values()))
+    options = {"num_inference_steps": STEPS} | own
+    training = [_training(name, kind, figures.progress, machine), note, told.unseen]
     return CARD.format(
         name=name,
         pipeline=type(pipe).__name__,
-        side=SIDE,
+        drawn=_fill(told.drawn),
+        example=told.example,
         parts="\n".join(_part(pipe, *part) for part in kind.describe(pipe).items()),
         absent="".join(f", {component}=None" for component in _absent(pipe)),
         options=", ".join(f"{key}={value!r}" for key, value in options.items()),
-        training=_training(name, kind, figures.progress) + (f"\n\n{_fill(note)}" if note else ""),
+        training="\n\n".join(_fill(part) for part in training if part),
         sampling_steps=STEPS,
         scheduler=type(pipe.scheduler).__name__,
-        guidance=GUIDANCE,
-        rows="\n".join(f"| {label} | {_row(accuracy)} |" for label, accuracy in rows.items()),
+        guidance=own["guidance_scale"],
+        rows="\n".join(_table(rows)),
+        right=_fill(told.right),
+        credits=f"\n## Credits\n\n{_fill(told.credits)}\n" if told.credits else "",
     )
 
 
-def _training(name: str, kind: Reference, progress: Progress) -> str:
+def _training(name: str, kind: Reference, progress: Progress, machine: str) -> str:
     p, minutes = progress, progress.seconds / 60
-    return _fill(
+    return (
         f"`python -m slimdiff.reference.train --reference {name}`: {p.samples:,} samples in "
-        f"{p.step:,} steps, {minutes:.0f} minutes on two CPU cores that did other work too, after "
-        f"a few minutes for the parts before it. {kind.training} No caption of the test, selection "
-        f"or calibration split was trained on, in either order of its objects."
+        f"{p.step:,} steps, {minutes:.0f} minutes on {machine}, after a few minutes for the parts "
+        f"before it. {kind.training}"
     )
 
 
@@ -132,7 +135,16 @@ def _absent(pipe: Any) -> list[str]:
     return [name for name, part in pipe.components.items() if part is None and name not in optional]
 
 
-def _row(accuracy: SceneAccuracy) -> str:
+def _table(rows: dict[str, Accuracy]) -> list[str]:
+    """A line for each row, below the names of attributes and measures."""
+    first = next(iter(rows.values()))
+    names = ["", *first.shares, *first.graded, "n"]
+    lines = [names, ["---"] * len(names), *([label, *_cells(row)] for label, row in rows.items())]
+    return [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
+
+
+def _cells(accuracy: Accuracy) -> list[str]:
     low, high = accuracy.interval
-    cells = [f"{100 * share:.1f} %" for share in accuracy.shares.values()]
-    return " | ".join([*cells, f"{100 * low:.1f} to {100 * high:.1f} (n = {accuracy.n})"])
+    shares = [f"{100 * share:.1f} %" for share in accuracy.shares.values()]
+    shares[-1] += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return [*shares, *(f"{mean:.3f}" for mean in accuracy.means.values()), str(accuracy.n)]

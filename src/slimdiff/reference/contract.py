@@ -8,14 +8,24 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from slimdiff.reference.objective import Denoising
+from slimdiff.reference.optim import Rates
+from slimdiff.reference.world import World
 
 
 class Reference(Protocol):
-    """A reference pipeline's networks, objective and assembly.
+    """A reference pipeline's world, networks, objective and assembly.
 
     Its trained networks go by two names everywhere: "text", whatever turns captions into
     conditioning, and `denoiser`, the pipeline's own name for its denoiser.
     """
+
+    @property
+    def world(self) -> World:
+        """What it draws: captions, pictures and their judge."""
+
+    @property
+    def rates(self) -> Rates:
+        """Learning rates of the networks."""
 
     @property
     def denoiser(self) -> str:
@@ -23,7 +33,10 @@ class Reference(Protocol):
 
     @property
     def sampling(self) -> Mapping[str, dict[str, Any]]:
-        """Ways to call the pipeline that its model card reports; images are made by the first."""
+        """Ways to call the pipeline that its model card reports; images are made by the first.
+
+        Each says all that differs from the pipeline's own defaults, but for the steps.
+        """
 
     def vae(self) -> Any:
         """The untrained autoencoder."""
@@ -32,7 +45,7 @@ class Reference(Protocol):
         """The untrained networks "text" and `denoiser`."""
 
     def states(self, text: nn.Module, tokens: Tensor) -> Tensor:
-        """What the denoiser sees of tokens (n, 20): (n, 20, width)."""
+        """What the denoiser sees of tokens (n, length): (n, length, width)."""
 
     def is_matrix(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon trains the parameter, named "text.…" or after the denoiser."""
@@ -42,6 +55,9 @@ class Reference(Protocol):
 
     def assemble(self, vae: Any, networks: Mapping[str, nn.Module], scaling: float) -> Any:
         """The pipeline, its latents those of `vae` times `scaling`."""
+
+    def parts(self, pipe: Any) -> Mapping[str, nn.Module]:
+        """The networks of a pipeline, by the names and paths of `networks`; undoes `assemble`."""
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """What its networks and scheduler are, by component: for the model card."""

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from slimdiff.reference.attention import PlainJointAttention
 from slimdiff.reference.build import (
-    LATENT_CHANNELS,
     LATENT_SIDE,
     Architecture,
     build_vae,
+    device_of,
     text_config,
 )
 from slimdiff.reference.objective import TIMESTEPS, Denoising
-from slimdiff.reference.tokenizer import tokenizer
+from slimdiff.reference.tokenizer import encode_captions
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -57,9 +57,10 @@ class DitReference(Architecture):
     @property
     def sampling(self) -> Mapping[str, dict[str, Any]]:
         """Ways to call the pipeline that its model card reports."""
+        guided = {"guidance_scale": self.world.guidance}
         return {
-            "this pipeline, `max_sequence_length=1`": {"max_sequence_length": 1},
-            "this pipeline, the stock length of 256": {"max_sequence_length": 256},
+            "this pipeline, `max_sequence_length=1`": guided | {"max_sequence_length": 1},
+            "this pipeline, the stock length of 256": guided | {"max_sequence_length": 256},
         }
 
     @property
@@ -83,7 +84,7 @@ class DitReference(Architecture):
         return {"text": TextEncoders(self), "transformer": build_transformer(self)}
 
     def states(self, text: nn.Module, tokens: Tensor) -> Tensor:
-        """What the transformer sees of tokens (n, 20): (n, 20, text_width + second_width)."""
+        """What the transformer sees of tokens (n, l): (n, l, text_width + second_width)."""
         return text(tokens)[0]
 
     def is_matrix(self, name: str, parameter: Tensor) -> bool:
@@ -94,6 +95,9 @@ class DitReference(Architecture):
         """Flow matching: the velocity from a clean latent to noise along the line between them."""
         text, transformer = networks["text"], networks["transformer"]
         transformer.set_attn_processor(PlainJointAttention())  # type: ignore[operator]  # diffusers
+        device = device_of(networks)
+        lengths = torch.tensor(EMPTY_TOKENS, device=device)
+        blank = encode_captions(self.world.tokenizer(), [""])
 
         def corrupt(clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
             sigma = ((steps + 1) / TIMESTEPS)[:, None, None, None]
@@ -103,18 +107,18 @@ class DitReference(Architecture):
             noisy: Tensor, steps: Tensor, tokens: Tensor, generator: torch.Generator
         ) -> Tensor:
             states, pooled = text(tokens)
-            picks = torch.randint(len(EMPTY_TOKENS), (len(noisy),), generator=generator)
+            picks = torch.randint(len(lengths), (len(noisy),), generator=generator, device=device)
             empty = states.new_zeros(len(states), 1, states.shape[2])
             return transformer(
                 noisy.to(states.dtype),
                 encoder_hidden_states=torch.cat([states, empty], 1),
                 pooled_projections=pooled,
                 timestep=(steps + 1).float(),
-                joint_attention_kwargs={"copies": torch.tensor(EMPTY_TOKENS)[picks]},
+                joint_attention_kwargs={"copies": lengths[picks]},
                 return_dict=False,
             )[0]
 
-        return Denoising(corrupt, predict)
+        return Denoising(corrupt, predict, blank.to(device))
 
     def assemble(
         self, vae: Any, networks: Mapping[str, nn.Module], scaling: float
@@ -129,12 +133,17 @@ class DitReference(Architecture):
             scheduler=build_scheduler(),
             vae=vae,
             text_encoder=text.first,
-            tokenizer=tokenizer(),
+            tokenizer=self.world.tokenizer(),
             text_encoder_2=text.second,
-            tokenizer_2=tokenizer(),
+            tokenizer_2=self.world.tokenizer(),
             text_encoder_3=None,
             tokenizer_3=None,
         )
+
+    def parts(self, pipe: Any) -> Mapping[str, nn.Module]:
+        """Its networks, as in `networks`."""
+        both = {"first": pipe.text_encoder, "second": pipe.text_encoder_2}
+        return {"text": nn.ModuleDict(both), "transformer": pipe.transformer}
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """What its components are."""
@@ -147,7 +156,7 @@ class DitReference(Architecture):
             f"{c.num_attention_heads} heads of {c.attention_head_dim}{norm}",
             "text_encoder": text.format(first.num_hidden_layers, first.hidden_size),
             "text_encoder_2": text.format(second.num_hidden_layers, second.hidden_size),
-            "vae": "AutoencoderKL to 16 by 16 by 4 latents",
+            "vae": f"AutoencoderKL to 16 by 16 by {self.latent_channels} latents",
             "scheduler": f"FlowMatchEulerDiscreteScheduler, shift {pipe.scheduler.config.shift:g}",
         }
 
@@ -159,12 +168,12 @@ class TextEncoders(nn.Module):
         super().__init__()
         from transformers import CLIPTextModelWithProjection as Encoder
 
-        first = text_config(arch.text_width, arch.text_layers, arch.text_heads)
-        second = text_config(arch.second_width, arch.second_layers, arch.second_heads)
+        first = text_config(arch.world, arch.text_width, arch.text_layers, arch.text_heads)
+        second = text_config(arch.world, arch.second_width, arch.second_layers, arch.second_heads)
         self.first, self.second = Encoder(first), Encoder(second)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (n, 20) to states (n, 20, w) and a pooled embedding (n, w)."""
+        """Tokens (n, length) to states (n, length, w) and a pooled embedding (n, w)."""
         made = [e(tokens, output_hidden_states=True) for e in (self.first, self.second)]
         states = torch.cat([m.hidden_states[-2] for m in made], -1)
         return states, torch.cat([m.text_embeds for m in made], -1)
@@ -179,8 +188,8 @@ def build_transformer(arch: DitReference) -> SD3Transformer2DModel:
     model = SD3Transformer2DModel(
         sample_size=LATENT_SIDE,
         patch_size=PATCH,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=arch.latent_channels,
+        out_channels=arch.latent_channels,
         num_layers=arch.layers,
         attention_head_dim=arch.head_width,
         num_attention_heads=arch.heads,

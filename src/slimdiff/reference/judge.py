@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from slimdiff.metrics import wilson
+from slimdiff.reference.accuracy import Accuracy
 from slimdiff.reference.captions import parse
+from slimdiff.reference.pixels import SIDE, as_pixels
 from slimdiff.reference.scenes import (
     BACKGROUNDS,
     COLOURS,
     POSITIONS,
     SHAPES,
-    SIDE,
     SIZES,
     Object,
     Scene,
@@ -66,20 +65,6 @@ def _templates() -> tuple[list[tuple[str, str]], Tensor]:
                 names.append((shape, size))
                 masks.append(coverage(shape, x, y, np.float32(nominal * factor)))
     return names, torch.from_numpy(np.stack(masks).astype(np.float32))
-
-
-def as_pixels(images: object) -> Tensor:
-    """Images of any common kind, one or many, as (n, 64, 64, 3) from 0 to 1.
-
-    Arrays (n, 64, 64, 3) of uint8 or of floats from 0 to 1, or PIL images.
-    """
-    array = np.stack([np.asarray(i) for i in images])  # type: ignore[attr-defined]  # images or arrays
-    if array.ndim == 3:
-        array = array[None]
-    if array.ndim != 4 or array.shape[1:] != (SIDE, SIDE, 3):
-        raise ValueError(f"images are {array.shape}; expected (n, {SIDE}, {SIDE}, 3)")
-    scale = 255 if array.dtype == np.uint8 else 1
-    return torch.from_numpy(array.astype(np.float32) / scale)
 
 
 def fit_background(pixels: Tensor, rounds: int = 4) -> Tensor:
@@ -207,31 +192,7 @@ def compare(read: Scene, wanted: Scene) -> dict[str, bool]:
     return {name: same[name] for name in ATTRIBUTES}
 
 
-@dataclass(frozen=True)
-class SceneAccuracy:
-    """Shares of `n` images that are right, by attribute."""
-
-    n: int
-    shares: dict[str, float]
-
-    @property
-    def whole(self) -> float:
-        """Share of images with everything right: the scene accuracy."""
-        return self.shares["whole"]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the scene accuracy."""
-        return wilson(round(self.whole * self.n), self.n)
-
-    def __str__(self) -> str:
-        """One line of percentages."""
-        parts = [f"{name} {100 * share:.1f} %" for name, share in self.shares.items()]
-        low, high = self.interval
-        return f"{', '.join(parts)} (95 %: {100 * low:.1f} to {100 * high:.1f}; n = {self.n})"
-
-
-def scene_accuracy(images: object, captions: Sequence[str], chunk: int = 64) -> SceneAccuracy:
+def scene_accuracy(images: object, captions: Sequence[str], chunk: int = 64) -> Accuracy:
     """Judge images (n, 64, 64, 3), arrays or PIL, against their captions."""
     pixels = as_pixels(images)
     if len(pixels) != len(captions):
@@ -239,4 +200,4 @@ def scene_accuracy(images: object, captions: Sequence[str], chunk: int = 64) -> 
     read = [scene for part in pixels.split(chunk) for scene in judge_batch(part)]
     rights = [compare(scene, parse(text)) for scene, text in zip(read, captions)]
     shares = {a: sum(r[a] for r in rights) / len(rights) for a in ATTRIBUTES}
-    return SceneAccuracy(len(rights), shares)
+    return Accuracy(len(rights), shares)

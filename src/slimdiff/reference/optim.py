@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,11 @@ class Rates:
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
+
+
+def warm_and_decay(step: int, steps: int, warmup: int = 30, decay: float = 0.6) -> float:
+    """Share of the base learning rate: linear up, flat, linear down over the last `decay`."""
+    return min(1.0, (step + 1) / warmup, (1 - step / steps) / decay)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -62,25 +67,31 @@ class Optimizer:
         }
 
     @torch.no_grad()
-    def step(self, count: int, rate: float, average_decay: float, clip: float = 1.0) -> float:
+    def step(self, count: int, rate: float, average_decay: float, clip: float = 1.0) -> Tensor:
         """Apply the `count`-th update (from 1) at `rate` times the base rates; gradient norm."""
         grads = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
-        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         self._adam({n: grads[n] * scale for n in self.others if n in grads}, count, rate)
         self._muon({n: grads[n] for n in self.matrices if n in grads}, rate)
         self._publish(average_decay)
-        return float(norm)
+        return norm
 
     def _adam(self, grads: Mapping[str, Tensor], count: int, rate: float) -> None:
         beta1, beta2 = self.rates.betas
-        lr = rate * self.rates.adam
-        for name, grad in grads.items():
-            first, second = self.tensors["first"][name], self.tensors["second"][name]
-            first.lerp_(grad, 1 - beta1)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
-            self.tensors["master"][name].addcdiv_(first / (1 - beta1**count), scale, value=-lr)
+        found = list(grads.values())
+        masters, first, second = (self._of(kind, grads) for kind in ("master", "first", "second"))
+        torch._foreach_lerp_(first, found, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, found, found, value=1 - beta2)
+        scale = torch._foreach_div(second, 1 - beta2**count)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, 1e-8)
+        step = -rate * self.rates.adam / (1 - beta1**count)
+        torch._foreach_addcdiv_(masters, first, scale, value=step)
+
+    def _of(self, kind: str, names: Iterable[str]) -> list[Tensor]:
+        return [self.tensors[kind][name] for name in names]
 
     def _muon(self, grads: Mapping[str, Tensor], rate: float) -> None:
         lr, shapes = rate * self.rates.muon, defaultdict(list)
@@ -99,10 +110,9 @@ class Optimizer:
                 master.add_(narrow.reshape(master.shape), alpha=-lr * 0.2 * columns**0.5)
 
     def _publish(self, average_decay: float) -> None:
-        for name, parameter in self.parameters.items():
-            master = self.tensors["master"][name]
-            self.tensors["average"][name].lerp_(master, 1 - average_decay)
-            parameter.copy_(master)
+        masters, averages = (self._of(kind, self.parameters) for kind in ("master", "average"))
+        torch._foreach_lerp_(averages, masters, 1 - average_decay)
+        torch._foreach_copy_(list(self.parameters.values()), masters)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor by "kind/name", for saving."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from slimdiff.reference.pixels import SIDE
 
-SIDE = 64
-"""Height and width of a rendered scene in pixels."""
+Floats = NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 COLOURS: dict[str, tuple[int, int, int]] = {

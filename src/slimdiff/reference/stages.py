@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.reference.bundled import bundled_path
-from slimdiff.reference.captions import scenes
+from slimdiff.reference.bundled import REFERENCES, bundled_path, load_reference
 from slimdiff.reference.contract import Reference
-from slimdiff.reference.data import encode, images
+from slimdiff.reference.data import encode
 from slimdiff.reference.parallel import agree, rank, wait
-from slimdiff.reference.state import averages
+from slimdiff.reference.state import averages, load_state
+from slimdiff.reference.world import World
 
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 """Names of the norms of queries and keys."""
@@ -34,13 +34,21 @@ def stage(path: Path, module: Any, work: Callable[[], None]) -> None:
     module.load_state_dict(load_file(path))
 
 
-def build(kind: Reference, seed: int) -> tuple[Any, dict[str, nn.Module]]:
+def device_named(name: str) -> torch.device:
+    """A device; "auto" is the accelerator, or the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def build(kind: Reference, seed: int, device: torch.device) -> tuple[Any, dict[str, nn.Module]]:
     """Autoencoder and networks of `kind` with the weights of `seed`, channels last."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae, networks = kind.vae(), kind.networks()
     for module in (vae, *networks.values()):
-        module.to(memory_format=torch.channels_last)
+        module.to(device, memory_format=torch.channels_last)
     return vae, networks
 
 
@@ -52,14 +60,26 @@ def take_vae(vae: Any, name: str) -> None:
     vae.load_state_dict(load_file(path))
 
 
-def latent_scaling(out: Path, vae: Any) -> float:
+def latent_scaling(out: Path, vae: Any, world: World) -> float:
     """One over the deviation of latents, measured once and kept in `out`."""
     path = out / "scaling.json"
     if not path.exists() and rank() == 0:
-        latents = encode(vae, images(scenes("train", 256), 0), 1.0)
+        latents = encode(vae, world.draw("train", 256, 0).pixels, 1.0)
         path.write_text(json.dumps(round(1 / float(latents.std()), 3)))
     wait()
     return float(json.loads(path.read_text()))
+
+
+def starting_state(start: str, kind: Reference) -> Mapping[str, Tensor]:
+    """Averaged weights of a training folder or of a bundled reference, as a checkpoint has them."""
+    if start not in REFERENCES:
+        return load_state(Path(start) / "state.safetensors")[0]
+    parts = kind.parts(load_reference(start))
+    return {
+        f"average/{name}.{path}": weight.detach()
+        for name, network in parts.items()
+        for path, weight in network.named_parameters()
+    }
 
 
 @torch.no_grad()

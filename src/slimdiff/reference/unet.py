@@ -1,4 +1,4 @@
-"""The reference pipeline `scenes-unet`: a UNet with cross-attention, trained on v-prediction."""
+"""Reference pipelines with a UNet with cross-attention, trained on v-prediction."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from slimdiff.reference.attention import PlainAttention
 from slimdiff.reference.build import (
-    LATENT_CHANNELS,
     LATENT_SIDE,
     Architecture,
     build_vae,
+    device_of,
     text_config,
 )
 from slimdiff.reference.objective import Denoising
-from slimdiff.reference.tokenizer import tokenizer
+from slimdiff.reference.tokenizer import encode_captions
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -29,10 +29,15 @@ OUTER = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
 
 @dataclass(frozen=True)
 class UnetReference(Architecture):
-    """Widths of the pipeline's three networks, and how they are trained and put together."""
+    """Widths of the pipeline's three networks, and how they are trained and put together.
+
+    `attention_levels` of the three levels, the finer ones, have attention.
+    """
 
     unet_channels: tuple[int, int, int] = (96, 160, 160)
     unet_heads: tuple[int, int, int] = (2, 4, 4)
+    attention_levels: int = 2
+    muon_text: bool = False
 
     def __post_init__(self) -> None:
         for channels in self.unet_channels:
@@ -47,14 +52,17 @@ class UnetReference(Architecture):
     @property
     def sampling(self) -> Mapping[str, dict[str, Any]]:
         """Ways to call the pipeline that its model card reports."""
-        return {"this pipeline": {}}
+        return {"this pipeline": {"guidance_scale": self.world.guidance}}
 
     @property
     def training(self) -> str:
         """How the denoiser was trained."""
+        taught = self.world.teach is not None
+        muon = "the matrices of UNet and text encoder" if self.muon_text else "the UNet's matrices"
+        text = "first learnt to read captions, then was" if taught else "was from the beginning"
         return (
-            "Muon for the UNet's matrices, AdamW for the rest, averaged weights. The text encoder "
-            "first learnt to read scenes off captions, then was trained with the UNet."
+            f"Muon for {muon}, AdamW for the rest, averaged weights. The text encoder {text} "
+            "trained with the UNet."
         )
 
     def vae(self) -> Any:
@@ -65,23 +73,30 @@ class UnetReference(Architecture):
         """The untrained networks."""
         from transformers import CLIPTextModel
 
-        config = text_config(self.text_width, self.text_layers, self.text_heads)
+        config = text_config(self.world, self.text_width, self.text_layers, self.text_heads)
         return {"text": CLIPTextModel(config), "unet": build_unet(self)}
 
     def states(self, text: nn.Module, tokens: Tensor) -> Tensor:
-        """What the UNet sees of tokens (n, 20): (n, 20, text_width)."""
+        """What the UNet sees of tokens (n, length): (n, length, text_width)."""
         return text(tokens).last_hidden_state
 
     def is_matrix(self, name: str, parameter: Tensor) -> bool:
-        """Whether Muon trains it: inner convolutions and linear layers of the UNet."""
-        inner = name.startswith("unet.") and parameter.ndim >= 2
-        return inner and not any(word in name for word in OUTER)
+        """Whether Muon trains it: inner convolutions and linear layers of the UNet.
+
+        With `muon_text`, linear layers of the text encoder too.
+        """
+        if name.startswith("unet."):
+            return parameter.ndim >= 2 and not any(word in name for word in OUTER)
+        return self.muon_text and parameter.ndim >= 2 and ".layers." in name
 
     def denoising(self, networks: Mapping[str, nn.Module]) -> Denoising:
         """v-prediction by the scheduler's signal shares."""
         text, unet = networks["text"], networks["unet"]
-        unet.set_attn_processor(PlainAttention())  # type: ignore[operator]  # a diffusers model
-        alphas = build_scheduler().alphas_cumprod
+        device = device_of(networks)
+        if device.type == "cpu":
+            unet.set_attn_processor(PlainAttention())  # type: ignore[operator]  # a diffusers model
+        alphas = build_scheduler().alphas_cumprod.to(device)
+        blank = encode_captions(self.world.tokenizer(), [""])
 
         def corrupt(clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
             signal = alphas[steps, None, None, None]
@@ -95,7 +110,7 @@ class UnetReference(Architecture):
             noisy = noisy.to(states.dtype).contiguous(memory_format=torch.channels_last)
             return unet(noisy, steps, states, return_dict=False)[0]
 
-        return Denoising(corrupt, predict)
+        return Denoising(corrupt, predict, blank.to(device))
 
     def assemble(
         self, vae: Any, networks: Mapping[str, nn.Module], scaling: float
@@ -107,7 +122,7 @@ class UnetReference(Architecture):
         return StableDiffusionPipeline(
             vae=vae,
             text_encoder=networks["text"],
-            tokenizer=tokenizer(),
+            tokenizer=self.world.tokenizer(),
             unet=networks["unet"],
             scheduler=build_scheduler(),
             safety_checker=None,
@@ -115,30 +130,37 @@ class UnetReference(Architecture):
             requires_safety_checker=False,
         )
 
+    def parts(self, pipe: Any) -> Mapping[str, nn.Module]:
+        """Its networks, as in `networks`."""
+        return {"text": pipe.text_encoder, "unet": pipe.unet}
+
     def describe(self, pipe: Any) -> dict[str, str]:
         """What its components are."""
         text, channels = pipe.text_encoder.config, tuple(pipe.unet.config.block_out_channels)
         layers, width = text.num_hidden_layers, text.hidden_size
         return {
-            "unet": f"UNet2DConditionModel, channels {channels}, attention at two levels",
+            "unet": f"UNet2DConditionModel, channels {channels}, attention at "
+            f"{('one', 'two', 'all')[self.attention_levels - 1]} levels",
             "text_encoder": f"CLIPTextModel, {layers} layers, width {width}, a token per word",
-            "vae": "AutoencoderKL to 16 by 16 by 4 latents",
+            "vae": f"AutoencoderKL to 16 by 16 by {self.latent_channels} latents",
             "scheduler": "DDIM, v-prediction, zero terminal signal, trailing timesteps",
         }
 
 
 def build_unet(arch: UnetReference) -> UNet2DConditionModel:
-    """The denoiser, in SD1.5's proportions: attention at two levels, GEGLU, wide heads."""
+    """The denoiser, in SD1.5's proportions: attention at the finer levels, GEGLU, wide heads."""
     from diffusers import UNet2DConditionModel
 
+    attended = arch.attention_levels
+    plain = len(arch.unet_channels) - attended
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=arch.latent_channels,
+        out_channels=arch.latent_channels,
         layers_per_block=1,
         block_out_channels=arch.unet_channels,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * attended + ("DownBlock2D",) * plain,
+        up_block_types=("UpBlock2D",) * plain + ("CrossAttnUpBlock2D",) * attended,
         cross_attention_dim=arch.text_width,
         attention_head_dim=arch.unet_heads,  # diffusers reads this as the number of heads
         norm_num_groups=arch.norm_groups,

@@ -205,7 +205,7 @@ def _scenes(results: Results) -> str:
     if slim is None:
         return ""
     before = "" if dense is None else f" (dense: {numbers.percent(dense)})"
-    return f"{numbers.percent(slim)} of the scenes are drawn right{before}"
+    return f"{numbers.percent(slim)} of the pictures are drawn right{before}"
 
 
 def _knee(results: Results) -> str:

@@ -27,7 +27,7 @@ FIGURES = {
     "frechet": "Fréchet distance",
     "kernel": "kernel distance",
     "clip": "CLIP score",
-    "scenes": "scenes drawn right",
+    "scenes": "pictures drawn right",
 }
 
 COUNTS = ("layers_removed", "heads_removed", "upsamplers_fused")

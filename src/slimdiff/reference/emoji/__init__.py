@@ -1,0 +1,1 @@
+"""The world of emoji: glyphs of three sets on lit backgrounds, their captions and their judge."""
