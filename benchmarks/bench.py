@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from peers import PEERS, Job, at_macs, deepcache, weight_bytes
 from peers.job import fuse_upsamplers_, removable, seconds_spared
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
-from slimdiff.reference.captions import prompts
 from slimdiff.widths import measure_curves
-from trial import BATCH, SAMPLING, Size, Trial
+from trial import BATCH, Size, Trial
 
 FULL, QUICK = Size(images=48, errors=16, runs=5), Size(images=16, errors=8, runs=1)
+PROMPTS = 256
 MANY = 512
 """Test prompts of the dense row and of the headline, whose accuracies are compared to a point."""
 
@@ -30,35 +31,42 @@ spends much of its time between the layers."""
 class Bench:
     """The trial, the statistics that all rows share, and the rows."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(
+        self, options: argparse.Namespace, name: str = "scenes-unet", size: Size = FULL
+    ) -> None:
         self.quick = options.quick
-        self.size = QUICK if options.quick else FULL
-        self.many = self.size.images if options.quick else MANY
+        self.size = QUICK if options.quick else size
+        self.many = self.size.images if options.quick else max(MANY, self.size.images)
         self.shares = (0.41,) if options.quick else SHARES
-        self.texts = prompts("calibration", 16 if options.quick else 128)
+        self.trial = Trial(self.size, name)
+        self.pipe, self.sampling = self.trial.pipe, self.trial.sampling
+        self.texts = self.trial.world.prompts("calibration", 16 if options.quick else PROMPTS)
         settings = {
             "quick": options.quick,
             "calibration_prompts": len(self.texts),
-            "sampling": SAMPLING,
+            "sampling": self.sampling,
             **vars(self.size),
             "many": self.many,
         }
-        self.trial = Trial(self.size)
-        self.pipe = self.trial.pipe
-        self.work = options.work / ("quick" if options.quick else "full")
-        self.rows = Rows("evidence", settings, self.work if options.quick else RESULTS)
+        self.work = options.work / name / ("quick" if options.quick else "full")
+        results = "evidence" if name == "scenes-unet" else f"evidence-{name}"
+        self.rows = Rows(results, settings, self.work if options.quick else RESULTS)
         (self.statistics, seconds, _) = peak_of(lambda: self.calibrated("uniform"))
         print(f"calibration on {len(self.texts)} prompts: {seconds} s (0 if it was kept)")
-        self.log_statistics = self.calibrated("log")
         self.removable = removable(self.pipe.unet)
         self._curves: dict[Any, tuple[Any, float, float]] = {}
+
+    @functools.cached_property
+    def log_statistics(self) -> slimdiff.Statistics:
+        """Early steps weigh more, as one of the peers has it."""
+        return self.calibrated("log")
 
     def calibrated(self, weights: str) -> slimdiff.Statistics:
         """Statistics of the calibration prompts, kept in the work folder."""
         config = slimdiff.CalibrationConfig(
             batch_size=BATCH,
             timestep_weights=weights,  # type: ignore[arg-type]  # one of the two
-            **SAMPLING,
+            **self.sampling,
         )
         return slimdiff.calibrate(self.pipe, self.texts, config, checkpoint=self.work / weights)
 
@@ -104,7 +112,7 @@ class Bench:
             statistics=self.statistics,
             log_statistics=self.log_statistics,
             prompts=self.texts,
-            sampling=SAMPLING,
+            sampling=self.sampling,
             remove=remove,
             layers=layers,
         )

@@ -24,10 +24,11 @@ import slimdiff
 from measuring import RESULTS, Rows
 from slimdiff import costs, decompose
 from slimdiff.bundles import Allocation
+from slimdiff.choosing import best_of
 from slimdiff.config import RECIPES
 from slimdiff.curves import ErrorCurve, probes_of
 from slimdiff.decompose import effective_product
-from slimdiff.jobs import Job, best_of
+from slimdiff.jobs import Job
 from slimdiff.probes import Probes
 from slimdiff.reference.captions import prompts
 from slimdiff.widths import measure_curves

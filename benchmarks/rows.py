@@ -110,11 +110,53 @@ def rows_by_speed(bench: Bench) -> Iterator[Row]:
         yield _peer(bench, f"speed {speedup} obs-diff", own, PEERS["obs-diff"], as_many_macs)
 
 
+EMOJI_BUDGETS: tuple[tuple[str, slimdiff.Budget], ...] = (
+    ("65% of the parameters left", slimdiff.Budget(params=0.65)),
+    ("50% of the parameters left", slimdiff.Budget(params=0.5)),
+    ("80% of the MACs left", slimdiff.Budget(macs=0.8)),
+    ("65% of the MACs left", slimdiff.Budget(macs=0.65)),
+    ("50% of the MACs left", slimdiff.Budget(macs=0.5)),
+    ("A call of eight images 1.5 times faster", slimdiff.Budget(speedup=1.5)),
+    ("A call of eight images 2 times faster", slimdiff.Budget(speedup=2)),
+)
+
+
+def rows_of_emoji(bench: Bench) -> Iterator[Row]:
+    """Everything may shrink; the peers are told to leave as many parameters, or MACs."""
+    total = costs.parameters(bench.pipe.unet)
+    for title, budget in EMOJI_BUDGETS:
+        labels, count = {"group": title}, bench.size.images
+        recipes = RECIPES[:1] if budget.speedup else (RECIPES[0], ("slimdiff", "uniform"))
+        for recipe, allocation in recipes:
+            name = f"{title}: {recipe} {allocation}"
+            yield _recipe(bench, name, labels, budget, count, recipe, allocation, layers=None)
+        if budget.macs:
+            at = functools.partial(bench.peer_at_macs, share=float(budget.macs), fused=True)
+        elif budget.params:
+            at = functools.partial(bench.peer, remove=int((1 - float(budget.params)) * total))
+        else:
+            continue
+        make = functools.partial(at, "obs-diff", layers=LAYERS)
+        yield _peer(bench, f"{title}: obs-diff", labels, PEERS["obs-diff"], make)
+
+
+def dense_row(bench: Bench) -> Row:
+    """The dense pipeline itself."""
+    labels: dict[str, Any] = {"group": "Dense, and what can be added to it"}
+    return Row(
+        "dense",
+        labels | {"method": "dense", "removed": 0.0},
+        lambda: _dense(bench),
+        lambda made: bench.measured(made, bench.many),
+    )
+
+
+def _dense(bench: Bench) -> Made:
+    return {"unet": bench.pipe.unet, "seconds": 0.0, "peak_mib": 0.0}
+
+
 def other_rows(bench: Bench) -> Iterator[Row]:
     """Dense, int8 and DeepCache, alone and on top of the headline's slim denoiser."""
-
-    def dense() -> Made:
-        return {"unet": bench.pipe.unet, "seconds": 0.0, "peak_mib": 0.0}
 
     def slim() -> Made:
         remove = int(0.41 * bench.removable)
@@ -131,10 +173,9 @@ def other_rows(bench: Bench) -> Iterator[Row]:
         made = start()
         return made | {"unet": copy.deepcopy(made["unet"])}
 
-    labels = {"group": "Dense, and what can be added to it"}
-    own: dict[str, Any] = labels | {"method": "dense", "removed": 0.0}
-    yield Row("dense", own, dense, lambda made: bench.measured(made, bench.many))
-    for name, start in (("", dense), ("slimdiff 41 % + ", slim)):
+    yield dense_row(bench)
+    labels: dict[str, Any] = {"group": "Dense, and what can be added to it"}
+    for name, start in (("", functools.partial(_dense, bench)), ("slimdiff 41 % + ", slim)):
         own = labels | {"method": f"{name}int8", "origin": PEERS["int8"].origin}
         make = functools.partial(quantised, start)
         yield Row(f"{name}int8", own, make, lambda made: bench.measured(made, bench.size.images))

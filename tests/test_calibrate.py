@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import slimdiff
-from slimdiff.calibrate import step_weight
+from slimdiff.calibrate import WHOLE, held_out, schedule, step_weight
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
 from tiny_pipeline import image, tiny_pipeline
 
@@ -50,13 +53,35 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 def test_records_both_guidance_halves_of_every_step(pipe: Any) -> None:
     statistics = slimdiff.calibrate(pipe, PROMPTS[:2], CONFIG)
-    assert (statistics.calls, statistics.batches) == (4, 2)
+    assert (statistics.calls, statistics.batches) == (2, 2), "one of two prompts gives no moments"
     group = next(g for g in slimdiff.groups_of(pipe.unet) if g.kind == "query_key")
     keys = f"{group.layer}/q"
     tokens = statistics.weights[keys] / statistics.calls
     side = pipe.unet.config.sample_size
     assert tokens == 2 * side * side  # both halves of classifier-free guidance
-    assert len(statistics.probes.rows) == 8
+    held_out, others = statistics.probes, statistics.seen
+    assert held_out.guidance == 3.0 and statistics.held_out
+    for probes in (held_out, others):
+        rows = Counter(probe.point for probe in probes.rows.values())
+        assert list(rows.values()) == [2, 2], "two steps, both halves of each"
+        assert len({probe.prompt for probe in probes.rows.values()}) == 2
+    assert not set(held_out.rows) & set(others.rows)
+
+
+@given(count=st.integers(1, 400), size=st.integers(1, 9), steps=st.integers(1, 30))
+def test_every_prompt_runs_once_and_held_out_ones_through_all_steps(
+    count: int, size: int, steps: int
+) -> None:
+    config = slimdiff.CalibrationConfig(num_inference_steps=steps, batch_size=size)
+    runs = schedule(count, config)
+    assert sorted(place for run in runs for place in run.prompts) == list(range(count))
+    held = [place for run in runs if run.held_out for place in run.prompts]
+    assert held == held_out(count) and len(held) < count
+    assert count < 8 or 2 <= len(held) <= max(4, round(count / 10))
+    assert all(run.steps == steps for run in runs if run.held_out)
+    others = [run.steps for run in runs if not run.held_out]
+    assert others[::WHOLE] == [steps] * len(others[::WHOLE]), "every timestep is visited"
+    assert set(others) <= {steps, min(5, steps)}
 
 
 def test_killed_and_resumed_equals_uninterrupted(pipe: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from slimdiff.checkpoint import load, load_pipeline, save, save_pipeline
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.plan import SlimRecord
+from slimdiff.slim_denoiser import MODULE
 from tiny_pipeline import FEED_FORWARD, TIED, UNTIED, image, slim_by_hand, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -124,9 +125,9 @@ def test_dense_pipelines_are_saved_and_loaded(tmp_path):
 
 def test_no_code_from_the_folder_runs(pipe, tmp_path):
     save_pipeline(pipe, tmp_path / "pipe")
-    for name in ("unet/slim_denoiser.py", "vae/evil.py", "evil.py"):
+    for name in (f"unet/{MODULE}.py", "vae/evil.py", "evil.py"):
         (tmp_path / "pipe" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(SlimdiffError, match="slim_denoiser.py"):
+    with pytest.raises(SlimdiffError, match=f"{MODULE}.py"):
         load_pipeline(tmp_path / "pipe")
     assert type(load_pipeline(tmp_path / "pipe", verify=False).unet) is type(pipe.unet)
     index = tmp_path / "pipe" / "model_index.json"
@@ -134,8 +135,11 @@ def test_no_code_from_the_folder_runs(pipe, tmp_path):
     hostile = {"vae": ["evil", "AutoencoderKL"], "_class_name": ["evil", "Evil"]}
     for key, value in hostile.items():
         index.write_text(json.dumps(json.loads(text) | {key: value}))
-        with pytest.raises(SlimdiffError, match="cannot be loaded"):
+        with pytest.raises(
+            SlimdiffError, match=r"cannot be loaded: .* is code, .*evil\.py"
+        ) as error:
             load_pipeline(tmp_path / "pipe", verify=False)
+        assert "from_pretrained(..., trust_remote_code=True)" in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 

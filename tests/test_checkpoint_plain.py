@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slimdiff.checkpoint import load, load_pipeline, save_pipeline
+from slimdiff.slim_denoiser import MODULE
 from tiny_pipeline import TIED, UNTIED, image, slim_by_hand, tiny_pipeline
 
 CHILD = """
@@ -145,12 +146,12 @@ def test_and_in_half_precision(root, dtype):
 
 
 def test_it_uses_the_slim_class_and_stock_processors_where_tied(facts):
-    assert facts["class"] == ["slim_denoiser", "SlimUNet2DConditionModel"]
+    assert facts["class"] == [MODULE, "SlimUNet2DConditionModel"]
     assert facts["processors"] == ["AttnProcessor2_0", "SlimAttnProcessor"]
 
 
 def test_what_it_saves_loads_again_there_and_here(root, facts):
-    assert facts["index"] == ["slim_denoiser", "SlimUNet2DConditionModel"]
+    assert facts["index"] == [MODULE, "SlimUNet2DConditionModel"]
     assert facts["same weights"] and facts["same shards"] and facts["shards"] > 2
     expected, here = *arrays(root, "expected"), load_pipeline(root / "again")
     assert (image(here) == expected).all()

@@ -81,7 +81,13 @@ def slim(dense):
 
 def test_compress_writes_a_pipeline_and_says_so(slim):
     assert slim.done.returncode == 0, slim.done.stderr
-    for words in ("parameters", "MACs", "error on probes", "seconds to calibrate", "tiny-slim"):
+    for words in (
+        "parameters",
+        "MACs",
+        "error on held-out prompts",
+        "seconds to calibrate",
+        "tiny-slim",
+    ):
         assert words in slim.done.stdout
     load = re.search(r'DiffusionPipeline\.from_pretrained\("(.+?)"', slim.done.stdout)
     assert load and load[1] == "tiny-slim"
@@ -178,7 +184,8 @@ def test_inspect_table_and_json(slim, run):
     assert table.code == 0 and "feed-forward" in table.out and "whole denoiser" in table.out
     before, after = (json.loads(run("inspect", p, "--json").out) for p in (slim.dense, slim.path))
     assert before["denoiser"] == "UNet2DConditionModel"
-    assert [g["name"] for g in before["groups"]] == [g["name"] for g in after["groups"]]
+    left = {g["name"] for g in after["groups"]}
+    assert left <= {g["name"] for g in before["groups"]}, "layers may go wholly"
     assert after["params"] <= 0.9 * before["params"] and after["macs"] < before["macs"]
 
 
@@ -276,6 +283,11 @@ BAD = {
     "slim again, in low memory": (
         ["compress", "{slim}", "--low-memory", "--statistics", "{statistics}", "--params", "0.9"],
         "slim already, and in low memory",
+    ),
+    "healing for no time": (["{job}", "--heal", "0"], "must be positive, got 0.0"),
+    "healing, in low memory": (
+        ["compress", "{dense}", "--low-memory", "--statistics", "{statistics}", "--heal", "1"],
+        "leave out --heal",
     ),
     "unknown option": (["compress", "--parms", "0.8"], "No such option: --parms"),
     "unknown command": (["squeeze"], "No such command 'squeeze'"),

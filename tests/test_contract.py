@@ -145,7 +145,7 @@ def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
 @CASES
 def test_skipping_finished_stages_changes_no_gain(case: Case) -> None:
     """The error with stages kept from the dense run equals that of a full run."""
-    probed = Probed(case.model, case.statistics.probes.batches(8))
+    probed = Probed(case.model, case.statistics.probes)
     assert probed.error({}) == 0
     errors = []
     for group in [g for g in case.groups if g.kind in ("feed_forward", "resnet")][1::2]:
@@ -184,7 +184,7 @@ def test_budget_is_met_and_counted_right(case: Case, recipe: str) -> None:
 
 @CASES
 def test_predicted_error_holds_at_half_of_everything(case: Case) -> None:
-    probed = Probed(case.copy(), case.statistics.probes.batches(8))
+    probed = Probed(case.copy(), case.statistics.probes)
     dense = costs_.measure(case.model, case.groups, case.inputs[0])
     shrinkable = sum(dense.groups[g.name].of("params", g.inner) for g in case.groups)
     budget = slimdiff.Budget(remove=shrinkable // 2)

@@ -158,12 +158,16 @@ def test_refit_is_never_worse(seed, width):
     assert errors[0] <= errors[1] * (1 + 1e-9)
 
 
-def test_value_maps_are_orthonormal_and_span_nested_spaces():
-    found = decompose.value_output(weight(0), full_moment(samples(0)), HEADS, refit=True)
-    v_her = found.maps(3)["v"]
-    assert_close(v_her.mT @ v_her, torch.eye(3).double().expand(HEADS, 3, 3))
-    narrower_her = found.maps(2)["v"]
-    assert_close(v_her @ (v_her.mT @ narrower_her), narrower_her)
+def test_value_maps_are_orthonormal_on_channels_of_unit_energy_and_span_nested_spaces():
+    moment_ii = full_moment(samples(0))
+    found = decompose.value_output(weight(0), moment_ii, HEADS, refit=True)
+    scale_he1 = moment_ii.diagonal().sqrt().view(HEADS, E, 1)
+    v_her, narrower_her = (scale_he1 * found.maps(width)["v"] for width in (3, 2))
+    gram_hrr = v_her.mT @ v_her
+    level_h = gram_hrr[:, 0, 0]
+    assert_close(gram_hrr, level_h.view(-1, 1, 1) * torch.eye(3).double())
+    assert_close(level_h.sqrt().log2(), level_h.sqrt().log2().round())  # powers of two
+    assert_close(v_her @ (v_her.mT @ narrower_her), level_h.view(-1, 1, 1) * narrower_her)
 
 
 def decompositions(q_ni: Tensor, z_ni: Tensor, w_oi: Tensor) -> list[decompose.Decomposition]:

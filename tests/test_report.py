@@ -234,7 +234,7 @@ def test_results_of_one_command_have_no_empty_sections():
     )
     assert "What each width would cost" in compressed.titles
     assert not {"Images", "All figures"} & set(compressed.titles)
-    assert "velocity error on probes2.4e-7" in compressed.text
+    assert "velocity error on held-out prompts2.4e-7" in compressed.text
     evaluated = Page(render(results.merged([sample_results.evaluated()])))
     assert "Without results of slimdiff compress, this page lacks: where" in evaluated.text
     assert evaluated.titles == ["Images", "Velocity error", "All figures", "How it was made"]

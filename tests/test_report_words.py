@@ -28,16 +28,18 @@ def test_figures_have_one_name():
     found = sample_results.complete()
     figures = found["plan"]["figures"]
     figures |= {"layers_removed": 1, "heads_removed": 2, "upsamplers_fused": 3}
+    figures |= {"error_guided": 1e-6, "error_on_seen": 1e-7, "healed": {"before": 1, "after": 0.5}}
+    figures |= {"refit": {"before": 2.0, "layers": 3}}
     told = [*rows.cost(found["cost"]), *rows.fidelity(found["fidelity"])]
     assert {row.name for row in told if not row.detail} == set(names.FIGURES.values()) - {
-        "velocity error, predicted",
-        "velocity error on probes",
+        *(names.FIGURES[key] for key in (*names.ERRORS, "refit", "healed")),
         "layers removed wholly",
         "attention heads removed elsewhere",
         "upsamplers fused, at no loss",
     }
     text = text_of(found)
-    assert all(name in text for name in names.FIGURES.values())
+    for key, name in names.FIGURES.items():
+        assert (names.figure_name(key, figures) if key in names.ERRORS else name) in text
 
 
 def test_detail_rows_are_the_attributes_without_the_whole():

@@ -249,7 +249,7 @@ def test_one_class_for_each_base():
     base = diffusers.UNet2DConditionModel
     slim = slim_class(base)
     assert slim is slim_class(base) is slim_class(slim) is slim_denoiser.SlimUNet2DConditionModel
-    assert slim.__module__ == "slim_denoiser"
+    assert slim.__module__ == slim_denoiser.MODULE
     with pytest.raises(TypeError, match="Linear is not a diffusers model class"):
         slim_class(nn.Linear)
     for name in ("SlimNoSuchModel", "SlimDDIMScheduler", "UNet2DConditionModel"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import slimdiff
+from slimdiff.calls import fingerprints, flatten, nest
 from slimdiff.decompose import LAGS
 from slimdiff.errors import SlimdiffError
-from slimdiff.probes import Probes, flatten, nest
+from slimdiff.guided import Predictions, interval
+from slimdiff.probes import Probes
 from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
 from tiny_models import TINY_MODELS
@@ -260,17 +264,128 @@ def test_a_block_that_changes_its_channels_turns_everything():
     assert float(statistics.mean("other")) == 1.0
 
 
-def test_probes_to_judge_by_are_none_of_those_to_choose_by_and_of_the_same_timesteps() -> None:
+def guided_call(time: float, seeds: list[int]) -> dict[str, Any]:
+    """Both halves of guidance: the same latents and time, the empty prompt and prompts.
+
+    The first 300 values of all prompts are alike, as the first tokens of CLIP's states are.
+    """
+    latents = torch.stack([_noise(seed, 4) + time for seed in seeds])
+    texts = torch.stack([torch.cat([torch.ones(300), _noise(100 + s, 4)]) for s in seeds])
+    empty = torch.cat([torch.ones(300), torch.zeros(4)]).expand_as(texts)
+    return {
+        "sample": torch.cat([latents, latents]),
+        "timestep": torch.tensor(time),
+        "encoder_hidden_states": torch.cat([empty, texts]),
+    }
+
+
+def _noise(seed: int, size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+TIMES = (1.0, 500.0, 900.0, 999.0)
+
+
+def guided_probes(capacity: int = 8, *, apart: bool = False) -> Probes:
+    """Of six prompts; `apart`: the pipeline calls its denoiser once for each half."""
+    probes = Probes(capacity, guidance=2.0)
+    for time in TIMES:
+        call = guided_call(time, list(range(6)))
+        halves = [slice(6, 12), slice(0, 6)] if apart else [slice(0, 12)]
+        for half in halves:
+            own = {n: x if x.ndim == 0 else x[half] for n, x in call.items()}
+            probes.offer(own)
+    return probes
+
+
+def test_under_guidance_probes_hold_both_halves_and_distinct_prompts() -> None:
+    together, apart = guided_probes(), guided_probes(apart=True)
+    assert together.rows.keys() == apart.rows.keys()
+    for probes in (together, apart):
+        rows = Counter(probe.point for probe in probes.rows.values())
+        assert list(rows.values()) == [2] * 8
+        empty = probes.unguided_prompt()
+        without = [probe for probe in probes.rows.values() if probe.prompt == empty]
+        assert len(without) == 8, "half of the rows, as they are sampled"
+        assert all(not p.tensors["encoder_hidden_states"][0, -4:].any() for p in without)
+        assert Counter(p.timestep for p in without) == dict.fromkeys(TIMES, 2)
+
+
+def test_rows_that_differ_anywhere_are_other_probes() -> None:
+    call = guided_call(1.0, [0])
+    changed = {name: x.clone() for name, x in call.items()}
+    changed["encoder_hidden_states"][:, -1] += 1e-6
     probes = Probes(8)
-    for time in (1.0, 500.0, 900.0, 999.0):
-        for seed in range(3):
-            x = torch.randn(1, 2, generator=torch.Generator().manual_seed(seed))
-            probes.offer({"sample": x + time, "timestep": torch.tensor([time])})
+    probes.offer(call)
+    probes.offer(changed)
+    assert len(probes.rows) == 4 and len({probe.point for probe in probes.rows.values()}) == 1
+
+
+def test_a_hash_is_of_the_whole_row_and_of_no_other() -> None:
+    x = _noise(0, 3000).reshape(3, 1000)
+    whole = fingerprints({"x": x, "shared": x.T}, 3)
+    alone = [fingerprints({"x": x[i : i + 1]}, 1)["x"][0] for i in range(3)]
+    assert whole["x"] == alone and len(set(alone)) == 3 and len(set(whole["shared"])) == 1
+    changed = x.clone()
+    changed[1, 999] *= 1 + 1e-6
+    other = fingerprints({"x": changed}, 3)["x"]
+    assert [a == b for a, b in zip(other, alone, strict=True)] == [True, False, True]
+    swapped = x[:, [1, 0, *range(2, 1000)]]
+    assert all(a != b for a, b in zip(fingerprints({"x": swapped}, 3)["x"], alone, strict=True))
+
+
+def test_probes_to_judge_by_are_of_other_prompts_than_those_to_choose_by() -> None:
+    probes = guided_probes(12)
     chosen, judging = probes.halves()
     assert not set(chosen.rows) & set(judging.rows)
     assert set(chosen.rows) | set(judging.rows) == set(probes.rows)
+    texts = [set(half.prompts().values()) for half in (chosen, judging)]
+    assert not texts[0] & texts[1] and texts[0] and texts[1]
+    assert abs(len(chosen.rows) - len(judging.rows)) <= 8
+
+
+def test_probes_of_one_prompt_are_shared_out_by_timestep() -> None:
+    probes = Probes(8)
+    for time in TIMES:
+        for seed in range(3):
+            probes.offer({"sample": _noise(seed, 2)[None] + time, "timestep": torch.tensor([time])})
+    chosen, judging = probes.halves()
+    assert not set(chosen.rows) & set(judging.rows)
     times = [sorted(p.timestep or 0 for p in half.rows.values()) for half in (chosen, judging)]
-    assert times == [[1.0, 500.0, 900.0, 999.0]] * 2
+    assert times == [list(TIMES)] * 2
+
+
+def test_errors_are_those_of_the_guided_prediction() -> None:
+    probes = guided_probes(4)
+    rows = [probe for call in probes.calls(3) for probe in call]
+    outputs = torch.stack([_noise(i, 5) for i in range(len(rows))]).double()
+    calls = list(outputs.split([len(call) for call in probes.calls(3)]))
+    empty = probes.unguided_prompt()
+    wanted = []
+    for point in dict.fromkeys(probe.point for probe in rows):
+        own = [i for i, probe in enumerate(rows) if probe.point == point]
+        u, c = sorted(own, key=lambda i: rows[i].prompt != empty)
+        wanted.append((outputs[u] + 2.0 * (outputs[c] - outputs[u])).square().sum())
+    guided = Predictions.of(probes, 3, guided=True).energy(calls)
+    torch.testing.assert_close(guided, torch.stack(wanted))
+    plain = Predictions.of(probes, 3, guided=False).energy(calls)
+    assert float(plain.sum()) == pytest.approx(float(outputs.square().sum()))
+    unknown = Probes(4, rows=probes.rows)
+    torch.testing.assert_close(Predictions.of(unknown, 3, guided=True).energy(calls), plain)
+
+
+def test_an_interval_holds_the_ratio_about_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held, tries = 0, 400
+    for _ in range(tries):
+        of_prompt = torch.empty(8).log_normal_(0.0, 0.5, generator=generator).repeat_interleave(3)
+        squared = of_prompt * torch.empty(24).log_normal_(0.0, 0.2, generator=generator)
+        prompts = [str(i // 3) for i in range(24)]
+        ends = interval(squared.double(), torch.ones(24, dtype=torch.float64), prompts)
+        assert ends is not None
+        held += ends[0] <= math.exp(0.125 + 0.02) <= ends[1]
+    assert 0.88 < held / tries < 0.99
+    assert interval(torch.ones(2), torch.ones(2), ["one", "one"]) is None
 
 
 def test_a_single_probe_is_in_both_halves() -> None:

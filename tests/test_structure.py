@@ -14,6 +14,7 @@ ROOT = Path(slimdiff.__file__).parent
 
 VOCABULARY = {
     "budget",
+    "calls",
     "config",
     "costs",
     "denoiser",

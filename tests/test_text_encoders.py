@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import slimdiff
+from slimdiff import slim_denoiser
 from slimdiff.cli import main
 from slimdiff.evaluate.sampling import encode
 from slimdiff.shapes import slim_config
@@ -86,7 +87,7 @@ def slim(dense: Path) -> Path:
     more = ("--component", "text_encoder", "--params", "0.8")
     done = shell("-m", "slimdiff", *options(dense, out, *more))
     assert done.returncode == 0, done.stderr
-    assert "error of the encoder's output on probes" in done.stdout
+    assert "error of the encoder's output on held-out prompts" in done.stdout
     assert "velocity" not in done.stdout
     return out
 
@@ -110,7 +111,7 @@ def test_a_slim_text_encoder_loads_here_and_in_plain_diffusers(
     assert plan.figures["component"] == "text_encoder"
     index = json.loads((slim / "model_index.json").read_text())
     assert index["text_encoder"] == [MODULE, "SlimCLIPTextModel"]
-    assert "text_encoder/slim_text_encoder.py" in (slim / "README.md").read_text()
+    assert f"text_encoder/{MODULE}.py" in (slim / "README.md").read_text()
 
     done = shell("-c", PLAIN, slim, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -143,7 +144,7 @@ def test_denoiser_and_text_encoder_one_after_the_other(
         assert parameters(module) <= 0.9 * parameters(getattr(before, name))
         assert module.slim_record.plan.figures["params"] == parameters(module)
     card = (both / "README.md").read_text()
-    assert "slim_text_encoder.py" in card and "slim_denoiser.py" in card
+    assert f"{MODULE}.py" in card and f"{slim_denoiser.MODULE}.py" in card
     alone = slimdiff.load(one / first).state_dict()
     assert all(torch.equal(v, alone[k]) for k, v in getattr(pipe, first).state_dict().items())
 

@@ -219,3 +219,12 @@ def image(pipe: Any, **more: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": 2, "output_type": "np"} | more
     return pipe("a red circle", generator=generator, **settings).images
+
+
+def velocity(unet: Any) -> list[float]:
+    """What the denoiser of `tiny_pipeline` makes of fixed inputs, in a process of any kind."""
+    generator = torch.Generator().manual_seed(3)
+    sample, text = (torch.randn(s, generator=generator) for s in ((2, 4, 16, 16), (2, 7, 24)))
+    with torch.no_grad():
+        output: list[float] = unet(sample, 500, encoder_hidden_states=text)[0].flatten().tolist()
+    return output

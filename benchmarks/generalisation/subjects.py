@@ -16,10 +16,10 @@ from torch import Tensor
 from generalisation.specs import SPECS
 from generalisation.training import CACHE, CALIBRATION, STEPS, TEST
 from generalisation.worlds import distinct
+from slimdiff.calls import bound
 from slimdiff.checkpoint import load_pipeline
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate import generate
-from slimdiff.probes import bound
 from slimdiff.reference.bundled import bundled_path
 from slimdiff.reference.references import reference, sampling_of
 

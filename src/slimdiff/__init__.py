@@ -6,6 +6,7 @@ from slimdiff.checkpoint import load, load_pipeline, save, save_pipeline
 from slimdiff.config import RECIPES, CalibrationConfig
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
+from slimdiff.heal import HealConfig, HealResult, heal
 from slimdiff.pipeline import allocate, compress
 from slimdiff.plan import Entry, Plan
 from slimdiff.record import record
@@ -20,6 +21,8 @@ __all__ = [
     "Budget",
     "CalibrationConfig",
     "Entry",
+    "HealConfig",
+    "HealResult",
     "Plan",
     "SlimdiffError",
     "Statistics",
@@ -27,6 +30,7 @@ __all__ = [
     "calibrate",
     "compress",
     "groups_of",
+    "heal",
     "load",
     "load_pipeline",
     "record",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Literal
+
+import torch
 
 from slimdiff.errors import SlimdiffError
 
-Metric = Literal["params", "macs", "latency"]
+Metric = Literal["params", "macs", "bytes", "latency"]
 Amount = float | int | str
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -45,7 +47,8 @@ class Budget:
         params: parameters that stay: a share in (0, 1] or a count such as "700M".
         macs: multiply-accumulates of one forward that stay: a share or a count such as "300G".
         remove: parameters that go: a share below 1 or a count such as "100M".
-        memory: bytes of the weights that stay, such as "1.2GB", in the dtype of the denoiser.
+        memory: bytes of the saved weights that stay: a count such as "1.2GB", or a share; each
+            tensor counts in the dtype that it is saved in.
         speedup: how many times faster one call is to be, measured on the machine at hand.
         latency: what one call may take there, such as "400ms".
         quality: largest velocity error on the probes; within it, MACs are as few as can be.
@@ -95,6 +98,8 @@ class Budget:
         """What widths cost."""
         if self.speedup is not None or self.latency is not None:
             return "latency"
+        if self.memory is not None:
+            return "bytes"
         return "params" if self.macs is None and self.quality is None else "macs"
 
     @property
@@ -102,14 +107,8 @@ class Budget:
         """What may be lost, where that is the budget."""
         return None if self.quality is None else self._value("quality")
 
-    def in_parameters(self, bytes_each: int) -> Budget:
-        """A budget in bytes as one in parameters; any other as it is."""
-        if self.memory is None:
-            return self
-        return replace(self, memory=None, params=max(2, int(self._value("memory") / bytes_each)))
-
     def limit(self, dense: int) -> int:
-        """What may stay when the dense denoiser has `dense`: a count, or nanoseconds.
+        """What may stay when the dense denoiser has `dense`: a count, bytes, or nanoseconds.
 
         Raises:
             SlimdiffError: more is to be removed than there is.
@@ -118,7 +117,8 @@ class Budget:
             return int(dense / self._value("speedup"))
         if self.latency is not None:
             return min(dense, int(1e9 * self._value("latency")))
-        name = "remove" if self.remove is not None else self.metric
+        names = {"params": "params", "macs": "macs", "bytes": "memory"}
+        name = "remove" if self.remove is not None else names[self.metric]
         value = self._value(name)
         count = value * dense if value < 1 or (value == 1 and self.remove is None) else value
         limit = int(dense - count if self.remove is not None else count)
@@ -135,3 +135,16 @@ class Budget:
             for f in fields(self)
             if getattr(self, f.name) is not None
         )
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a model will be saved, where that is not as it stands.
+
+    Attributes:
+        dtypes: parameter or buffer -> dtype in the file.
+        header: bytes of the files that belong to no tensor.
+    """
+
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    header: int = 0

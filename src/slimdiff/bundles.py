@@ -27,7 +27,9 @@ class Allocation:
     """How widths are chosen: the allocator, tying, the multiple and the entropic temperature.
 
     `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles;
-    with `heads` whole heads may go where curves say what is lost without them.
+    with `heads` whole heads may go where curves say what is lost without them; as many stay as
+    divide by `head_multiple`, so that as many ranks can share them. Layers that `kept` names
+    (`attention`, `projection`, ...) stay as they are.
     """
 
     name: str
@@ -36,14 +38,17 @@ class Allocation:
     temperature: float = 0.3
     removable: frozenset[str] = frozenset()
     heads: bool = False
+    kept: frozenset[str] = frozenset()
+    head_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
             raise SlimdiffError(
                 f"unknown allocation {self.name!r}; known: probed, entropic, uniform, threshold"
             )
-        if self.multiple < 1:
-            raise SlimdiffError(f"multiple must be at least 1, got {self.multiple}")
+        for name in ("multiple", "head_multiple"):
+            if getattr(self, name) < 1:
+                raise SlimdiffError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Size(NamedTuple):
@@ -106,15 +111,21 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
         if by_heads and (first.fixed_heads or not queries):
             continue
         sizes = (
-            [Size(first.width, heads) for heads in allocate.allowed_sizes(first.heads, 1)]
+            [Size(first.width, heads) for heads in _head_counts(first, allocation)]
             if by_heads
             else _widths(first, allocation.multiple)
         )
         whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
         if allocation.name == "probed" and whole and first.layer in allocation.removable:
             sizes = [Size(0, first.heads), *sizes]
+        if LAYERS[first.kind] in allocation.kept:
+            sizes = sizes[-1:]
         bundles.append(Bundle(tuple(members), by_heads, sizes))
     return bundles
+
+
+def _head_counts(group: Group, allocation: Allocation) -> list[int]:
+    return allocate.allowed_sizes(group.heads, 1, step=allocation.head_multiple)
 
 
 def sizes_of(group: Group, multiple: int) -> list[int]:
@@ -134,7 +145,10 @@ def _widths(group: Group, multiple: int) -> list[Size]:
 
 
 def with_fewer_heads(
-    bundle: Bundle, curves: Mapping[str, ErrorCurve], price: Callable[[Size], float]
+    bundle: Bundle,
+    curves: Mapping[str, ErrorCurve],
+    price: Callable[[Size], float],
+    multiple: int = 1,
 ) -> Bundle:
     """The bundle, with sizes of fewer heads where these are predicted to lose less.
 
@@ -146,12 +160,13 @@ def with_fewer_heads(
         bundle: of all heads.
         curves: errors of its groups.
         price: what a size costs.
+        multiple: of this many heads.
 
     Returns:
         A bundle with sizes by ascending price.
     """
     groups, dense = bundle.groups, bundle.sizes[-1]
-    counts = curves[groups[-1].name].by_heads or {}
+    counts = [n for n in curves[groups[-1].name].by_heads or {} if n % multiple == 0]
     if len(groups) == 1 or not counts:
         return bundle
     widths = [size.width for size in bundle.sizes if size.width]

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,15 @@ from slimdiff.probes import Probes
 from slimdiff.record import recording
 from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.sweep import sweep_timesteps
 
 Progress = Callable[[str, int, int], None]
+
+WHOLE = 16
+"""The first of so many batches runs through all denoising steps."""
+
+COMPARED_PROMPTS = 16
+MOST_HELD_OUT = 32
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +82,90 @@ def calibrate(
     statistics = _start(denoiser, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
-    with recording(denoiser, groups, statistics, *settings) as recorder:
-        for start in range(statistics.batches * config.batch_size, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            with _step_weights(recorder, denoiser, config):
-                run(pipe, batch, start, config)
-            recorder.flush()
-            statistics.batches += 1
-            if checkpoint is not None:
-                statistics.save(checkpoint)
-            if progress is not None:
-                progress("calibrate", start + len(batch), len(prompts))
+    runs = schedule(len(prompts), config)
+    done = sum(len(run.prompts) for run in runs[: statistics.batches])
+    first = next(number for number, own in enumerate(runs) if not own.held_out)
+    for number, own in enumerate(runs[statistics.batches :], start=statistics.batches):
+        recorder = recording(denoiser, groups, statistics, *settings, held_out=own.held_out)
+        with recorder as adding, _step_weights(adding, denoiser, config, own.steps):
+            if not own.compared:
+                adding.reservoir = None
+            run(pipe, [prompts[place] for place in own.prompts], own, config)
+        if number == first and run is _sample:
+            kept = statistics.seen if statistics.held_out else statistics.probes
+            sweep_timesteps(denoiser, groups, statistics, kept, settings)
+        statistics.probes.guidance = statistics.seen.guidance = _guidance(pipe, config)
+        statistics.batches += 1
+        done += len(own.prompts)
+        if checkpoint is not None:
+            statistics.save(checkpoint)
+        if progress is not None:
+            progress("calibrate", done, len(prompts))
     return statistics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the pipeline during calibration.
+
+    Attributes:
+        prompts: their places in the list.
+        steps: denoising steps.
+        held_out: keeps inputs to measure errors on, and adds nothing to the moments.
+        compared: some of its inputs are kept, to tell how much less is lost on them.
+    """
+
+    prompts: tuple[int, ...]
+    steps: int
+    held_out: bool = False
+    compared: bool = True
+
+
+def schedule(count: int, config: CalibrationConfig) -> list[Run]:
+    """The runs of a calibration on `count` prompts, in order.
+
+    A tenth of the prompts, spread over the list, is held out: they run through all steps. The
+    others run through `steps_per_prompt`, but for the first of every `WHOLE` batches, which runs
+    through all steps, so that every timestep is visited.
+    """
+    held = held_out(count)
+    others = [place for place in range(count) if place not in set(held)]
+    few = min(config.steps_per_prompt or config.num_inference_steps, config.num_inference_steps)
+    runs = [Run(own, config.num_inference_steps, True) for own in _batches(held, config)]
+    seen = 0
+    for number, own in enumerate(_batches(others, config)):
+        steps = few if number % WHOLE else config.num_inference_steps
+        compared = not held or seen < COMPARED_PROMPTS
+        runs.append(Run(own, steps, compared=compared))
+        seen += len(own)
+    return runs
+
+
+def held_out(count: int) -> list[int]:
+    """Places of the prompts that give probes and no moments.
+
+    A tenth of them, but at least four of sixteen, two of eight and one of two: half of them choose
+    widths, the others judge. A single prompt is not held out: its inputs are all there is.
+    """
+    if count < 2:
+        return []
+    least = 4 if count >= 16 else 2 if count >= 8 else 1
+    few = min(MOST_HELD_OUT, max(least, round(count / 10)))
+    return [(2 * i + 1) * count // (2 * few) for i in range(few)]
+
+
+def _batches(places: Sequence[int], config: CalibrationConfig) -> list[tuple[int, ...]]:
+    size = config.batch_size
+    return [tuple(places[start : start + size]) for start in range(0, len(places), size)]
+
+
+def _guidance(pipe: Any, config: CalibrationConfig) -> float | None:
+    """The scale of classifier-free guidance that the pipeline has just run with."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "true_cfg_scale" in parameters:
+        return float(parameters["true_cfg_scale"].default)
+    scale = getattr(pipe, "guidance_scale", config.guidance_scale)
+    return float(scale) if isinstance(scale, int | float) else None
 
 
 def step_weight(step: int, steps: int, lowest: float = 0.5, highest: float = 1.5) -> float:
@@ -160,10 +239,9 @@ def _slim_digest(denoiser: nn.Module) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationConfig) -> None:
+def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConfig) -> None:
     generators = [
-        torch.Generator().manual_seed(config.seed * 1_000_003 + first + i)
-        for i in range(len(prompts))
+        torch.Generator().manual_seed(config.seed * 1_000_003 + place) for place in run.prompts
     ]
     known = inspect.signature(pipe.__call__).parameters
     optional = {
@@ -175,13 +253,13 @@ def _sample(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationCo
     }
     pipe(
         prompt=list(prompts),
-        num_inference_steps=config.num_inference_steps,
+        num_inference_steps=run.steps,
         generator=generators,
         **{name: value for name, value in optional.items() if value is not None and name in known},
     )
 
 
-def _encode(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationConfig) -> None:
+def _encode(pipe: Any, prompts: Sequence[str], _: Run, config: CalibrationConfig) -> None:
     from slimdiff.evaluate.sampling import encode
 
     encode(pipe, prompts, **config.sampling)
@@ -189,13 +267,13 @@ def _encode(pipe: Any, prompts: Sequence[str], first: int, config: CalibrationCo
 
 @contextlib.contextmanager
 def _step_weights(
-    recorder: Recorder, denoiser: nn.Module, config: CalibrationConfig
+    recorder: Recorder, denoiser: nn.Module, config: CalibrationConfig, whole: int
 ) -> Iterator[None]:
     """Set the recorder's weight before each denoiser call of one pipeline run."""
     steps = itertools.count(1)
 
     def weigh(*_: object) -> None:
-        recorder.weight = step_weight(next(steps), config.num_inference_steps)
+        recorder.weight = step_weight(next(steps), whole)
 
     if config.timestep_weights == "uniform":
         yield

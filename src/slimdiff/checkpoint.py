@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff.components import absent_components, is_slim, read_component, slim_names
+from slimdiff.components import (
+    absent_components,
+    is_slim,
+    read_component,
+    refuse_code,
+    slim_names,
+    standing_in,
+)
 from slimdiff.denoiser import ENCODERS, NAMES, denoiser_of, slim_components
 from slimdiff.errors import SlimdiffError
-from slimdiff.folders import reading, replacing
+from slimdiff.folders import read_json, reading, replacing
 from slimdiff.integrity import (
     CONFIG_FILE,
     ENCODER_WEIGHTS,
@@ -147,10 +154,10 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    from slimdiff import slim_denoiser, slim_text_encoder  # noqa: F401  (diffusers finds classes there)
-
-    folder = _local(path, options)
+    folder, index = _local(path, options), {}
     if folder is not None:
+        index = read_json(folder / INDEX_FILE)
+        refuse_code(path, index, options)
         for name in slim_names(folder):
             if name not in options:
                 options[name] = _load_component(
@@ -158,7 +165,7 @@ def load_pipeline(
                 )
         options = absent_components(folder) | options
     settings = {"use_safetensors": True, "device_map": device_map, "variant": variant}
-    with reading(path):
+    with reading(path), standing_in(index):
         return DiffusionPipeline.from_pretrained(
             str(folder or path), **(settings | _dtype_option(torch_dtype) | options)
         )
@@ -192,6 +199,7 @@ def _download(repo: str, options: dict[str, Any]) -> Path | None:
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     with reading(repo):
         index = DiffusionPipeline.load_config(repo, **hub)
+        refuse_code(repo, index, options)
         if not any(is_slim(index, name) for name in (*NAMES, *ENCODERS)):
             return None
         for name in hub:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import functools
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import torch
 from torch import nn
 
 from slimdiff.denoiser import ENCODERS, NAMES
+from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.folders import read_json, reading
 from slimdiff.integrity import (
@@ -24,8 +30,11 @@ from slimdiff.integrity import (
     verify_manifest,
 )
 
-MODULES = ("slim_denoiser", "slim_text_encoder")
-"""What model_index.json says that slim classes come from."""
+MODULE = re.compile(r"slim_(denoiser|text_encoder)(_[0-9a-f]{6})?")
+"""What model_index.json says that slim classes come from: a file, named by a hash of its content.
+
+Releases before that named it without the hash.
+"""
 
 
 def become_slim_(model: nn.Module, config: dict[str, Any]) -> None:
@@ -39,7 +48,62 @@ def become_slim_(model: nn.Module, config: dict[str, Any]) -> None:
 def is_slim(index: Mapping[str, Any], name: str) -> bool:
     """Whether model_index.json says that a component is slim."""
     value = index.get(name)
-    return isinstance(value, (list, tuple)) and value[0] in MODULES
+    return isinstance(value, (list, tuple)) and bool(MODULE.fullmatch(str(value[0])))
+
+
+@contextlib.contextmanager
+def standing_in(index: Mapping[str, Any]) -> Iterator[None]:
+    """Have this release's slim classes found under the names of the releases that saved a pipeline.
+
+    diffusers looks the class of a component up even where the component is given to it.
+    """
+    from slimdiff import slim_denoiser, slim_text_encoder
+
+    own = {"denoiser": slim_denoiser, "text_encoder": slim_text_encoder}
+    names = {str(index[name][0]) for name in (*NAMES, *ENCODERS) if is_slim(index, name)}
+    new = sorted(names - set(sys.modules))
+    for name in new:
+        stand_in = types.ModuleType(name)
+        kind = MODULE.fullmatch(name)
+        assert kind is not None, "is_slim matched it"
+        stand_in.__getattr__ = functools.partial(getattr, own[kind[1]])  # type: ignore[method-assign]  # PEP 562
+        sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for name in new:
+            sys.modules.pop(name, None)
+
+
+def refuse_code(where: str | Path, index: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a pipeline whose own class, or that of a component, is code beside its weights.
+
+    Args:
+        where: its folder or hub id.
+        index: its model_index.json.
+        options: for diffusers; what is given there, or trusted, is not looked at.
+
+    Raises:
+        SlimdiffError: names the file.
+    """
+    if options.get("trust_remote_code") or "custom_pipeline" in options:
+        return
+    libraries = {
+        name: value[0] for name, value in index.items() if isinstance(value, (list, tuple))
+    }
+    pipeline = libraries.pop("_class_name", None)
+    files = {} if pipeline is None else {"the pipeline's class": f"{pipeline}.py"}
+    for name, library in libraries.items():
+        file = f"{name}/{library}.py"
+        if name not in options and not is_slim(index, name) and Path(where, file).is_file():
+            files[name] = file
+    for what, file in files.items():
+        raise SlimdiffError(
+            f"{where}: cannot be loaded: {what} is code, {file}, and slimdiff runs none of a "
+            f"folder; if you trust it, load the pipeline in Python with "
+            f"diffusers.DiffusionPipeline.from_pretrained(..., trust_remote_code=True) and give it "
+            f"to slimdiff.compress"
+        )
 
 
 def slim_names(folder: Path) -> list[str]:

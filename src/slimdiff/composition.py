@@ -1,5 +1,8 @@
 """Composition: two slimmings, one after the other, told as one of the dense denoiser.
 
+The maps of a denoiser that was healed in between are joined all the same: they say which heads and
+units stay and how channels are mixed, but no longer give the weights.
+
 Shape letters: `h` dense heads of width `e`; `K` heads of width `r` after the first slimming, `L` of
 width `s` after the second; `i` = h e inner channels; `f` dense hidden units, `m` after the first.
 """
@@ -84,7 +87,7 @@ def composed_plan(first: Plan, second: Plan) -> Plan:
 
 def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes at both ends, and what was lost on the way, as far as both plans know it."""
-    begun, gone = ("params_dense", "macs_dense"), ("layers_removed", "heads_removed")
+    begun, gone = ("params_dense", "macs_dense", "bytes_dense"), ("layers_removed", "heads_removed")
     own = (*begun, *gone, "predicted_error", "latency")
     figures = {key: value for key, value in second.items() if key not in own}
     figures |= {key: first[key] for key in begun if key in first}

@@ -13,6 +13,10 @@ class CalibrationConfig:
     """How the pipeline is sampled while statistics are recorded: as its user would."""
 
     num_inference_steps: int = field(default=20, metadata={"help": "denoising steps per prompt"})
+    steps_per_prompt: int | None = field(
+        default=5,
+        metadata={"help": "steps that most calibration prompts run through; None: all"},
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "classifier-free guidance; default: the pipeline's own"}
     )
@@ -26,7 +30,9 @@ class CalibrationConfig:
     )
     num_probes: int = field(
         default=32,
-        metadata={"help": "denoiser inputs kept: half to choose widths by, half to judge by"},
+        metadata={
+            "help": "points of held-out trajectories kept: half to choose widths by, half to judge"
+        },
     )
     tokens_per_sample: int = field(
         default=256, metadata={"help": "token rows per image and call that enter a statistic"}
@@ -51,6 +57,10 @@ class CalibrationConfig:
         for name in ("num_inference_steps", "batch_size", "num_probes", "tokens_per_sample"):
             if getattr(self, name) < 1:
                 raise SlimdiffError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps_per_prompt is not None and self.steps_per_prompt < 1:
+            raise SlimdiffError(
+                f"steps_per_prompt must be at least 1, got {self.steps_per_prompt}; None runs all"
+            )
         for name, known in (
             ("timestep_weights", ("uniform", "log")),
             ("dtype", ("float64", "float32")),

@@ -1,13 +1,14 @@
-"""Costs: parameters and multiply-accumulates (MACs) of a denoiser and of each group by width.
+"""Costs: parameters, bytes and multiply-accumulates (MACs) of a denoiser and its groups by width.
 
 MACs are counted on the meta device by torch's flop counter, which sees attention products; no
-arithmetic is done and no weight is copied.
+arithmetic is done and no weight is copied. Bytes are those of the saved weights: each tensor counts
+in the dtype that it will be saved in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimdiff.budget import Saving
+from slimdiff.calls import flatten, nest
 from slimdiff.denoiser import settings
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
 from slimdiff.groups import FACTORED, Given, Group, Integers, Shapes, is_inward
 from slimdiff.layers import is_fused, layer_at, sides_of, weight_of
-from slimdiff.probes import flatten, nest
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class GroupCost:
         dense: inner channels, parameters and MACs of a layer that is no sum over its channels
             unless it shrinks (a linear that would become two).
         spared: MACs of the dense denoiser that are spared at any width (a fused upsampler).
+        bytes: of the parameters of one inner channel.
     """
 
     params: int
@@ -41,12 +44,17 @@ class GroupCost:
     macs: int
     dense: tuple[int, int, int] | None = None
     spared: int = 0
+    bytes: int = 0
 
     def of(self, metric: str, inner: int) -> int:
         """Cost at `inner` channels; fixed parameters are left out of it."""
         if self.dense is not None and self.dense[0] == inner:
-            return self.dense[1 if metric == "params" else 2]
-        return inner * (self.params if metric == "params" else self.macs)
+            params, macs = self.dense[1:]
+            if metric == "bytes":  # both factors are of the dense weight's dtype
+                return params * self.bytes // self.params
+            return params if metric == "params" else macs
+        each = {"params": self.params, "macs": self.macs, "bytes": self.bytes}
+        return inner * each[metric]
 
 
 @dataclass(frozen=True)
@@ -57,19 +65,21 @@ class Costs:
         params: parameters of the whole denoiser.
         macs: MACs of one forward at batch 1.
         groups: group name -> cost per inner channel.
+        bytes: of all that is saved of it: parameters and persistent buffers.
     """
 
     params: int
     macs: int
     groups: dict[str, GroupCost]
+    bytes: int = 0
 
     def total(self, metric: str) -> int:
-        """The whole denoiser's `params` or `macs`."""
-        return self.params if metric == "params" else self.macs
+        """The whole denoiser's `params`, `macs` or `bytes`."""
+        return {"params": self.params, "macs": self.macs, "bytes": self.bytes}[metric]
 
     def spared(self, metric: str) -> int:
         """What is spared while nothing shrinks."""
-        return 0 if metric == "params" else sum(cost.spared for cost in self.groups.values())
+        return sum(cost.spared for cost in self.groups.values()) if metric == "macs" else 0
 
 
 def measure(
@@ -77,10 +87,16 @@ def measure(
     groups: Sequence[Group],
     inputs: Mapping[str, Any],
     fused: Sequence[str] = (),
+    saving: Saving | None = None,
 ) -> Costs:
     """Costs of `denoiser` for a forward with these inputs (batch 1; values are not used).
 
-    `fused` are the upsamplers of it that are to be fused.
+    Args:
+        denoiser: on any device, meta too.
+        groups: of it.
+        inputs: of one call.
+        fused: the upsamplers of it that are to be fused.
+        saving: how it will be saved, if not as it stands; bytes are counted so.
 
     Raises:
         SlimdiffError: the denoiser does not run on inputs of these shapes.
@@ -100,13 +116,28 @@ def measure(
         for handle in handles:
             handle.remove()
     scores = {group.layer: _scores(group, rows) for group in groups if group.kind == "query_key"}
-    costs = {group.name: _group_cost(denoiser, group, rows, scores, fused) for group in groups}
-    return Costs(parameters(denoiser), counter.get_total_flops() // 2, costs)
+    saving, tensors = saving or Saving(), denoiser.state_dict(keep_vars=True)
+    sizes = _sizes(tensors, saving.dtypes)
+    costs = {
+        group.name: _group_cost(denoiser, group, rows, scores, fused, sizes) for group in groups
+    }
+    saved = {id(t): t.numel() * sizes[name] for name, t in tensors.items()}  # tied ones once
+    return Costs(
+        parameters(denoiser),
+        counter.get_total_flops() // 2,
+        costs,
+        sum(saved.values()) + saving.header,
+    )
 
 
 def parameters(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _sizes(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
+    """Bytes of one number of each tensor, as it will be saved."""
+    return {name: dtypes.get(name, t.dtype).itemsize for name, t in tensors.items()}
 
 
 def example_inputs(denoiser: nn.Module) -> dict[str, Any]:
@@ -133,14 +164,21 @@ def _meta_value(shape: Any, dtype: torch.dtype) -> Any:
 
 def _meta_state(denoiser: nn.Module) -> dict[str, Tensor]:
     state = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return {name: _one_dtype(tensor) for name, tensor in state.items()}
+
+
+def _one_dtype(tensor: Tensor) -> Tensor:
+    """On the meta device; numbers with a point all of one dtype, since MACs do not depend on it
+    and a denoiser of several dtypes does not run on the inputs of another run."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, device="meta", dtype=dtype)
 
 
 def _meta_inputs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if family_of(denoiser).text:  # transformers looks at the values of a mask, which saves no MACs
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     tensors, constants = flatten(inputs)
-    return nest({path: tensor.to("meta") for path, tensor in tensors.items()} | constants)
+    return nest({path: _one_dtype(tensor) for path, tensor in tensors.items()} | constants)
 
 
 def _count_rows(denoiser: nn.Module, path: str, rows: dict[str, int]) -> Any:
@@ -157,20 +195,24 @@ def _group_cost(
     rows: Mapping[str, int],
     scores: Mapping[str, int],
     fused: Sequence[str],
+    sizes: Mapping[str, int],
 ) -> GroupCost:
     if group.kind in FACTORED:
-        return _factored_cost(denoiser, group, rows, fused)
-    params = macs = fixed = 0
+        cost = _factored_cost(denoiser, group, rows, fused)
+        return replace(cost, bytes=cost.params * sizes[f"{group.layer}.weight"])
+    params = macs = fixed = bytes_ = 0
     for role, path in group.paths.items():
         own = weight_of(denoiser, group, role).numel() // group.inner
         bias = layer_at(denoiser, path).bias
         biases = 0 if bias is None or group.columns.get(role, (0,))[0] else bias.numel()
-        params += own + (biases // group.inner if is_inward(role) else 0)
+        inward = biases // group.inner if is_inward(role) else 0
+        params += own + inward
+        bytes_ += own * sizes[f"{path}.weight"] + inward * sizes.get(f"{path}.bias", 0)
         fixed += 0 if is_inward(role) else biases
         macs += 0 if role == "norm" else own * rows.get(path, 0)
     # Weighted values cost what scores do; where queries and keys keep their width, values are
     # padded to it, and a narrower width saves nothing there.
-    return GroupCost(params, fixed, macs + scores.get(group.layer, 0))
+    return GroupCost(params, fixed, macs + scores.get(group.layer, 0), bytes=bytes_)
 
 
 def _factored_cost(

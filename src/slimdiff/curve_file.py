@@ -17,7 +17,7 @@ from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve
 from slimdiff.statistics import Statistics
 
-VERSION = 5
+VERSION = 6
 
 
 class CurveFile:

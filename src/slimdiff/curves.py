@@ -31,7 +31,6 @@ Progress = Callable[[str, int, int], None]
 
 SMALLEST_SHARE = 1e-4
 PROBED_SHARES = (0.5, 0.25)
-PROBE_BATCH = 8
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +159,7 @@ def probes_of(denoiser: nn.Module, statistics: Statistics, *, held_out: bool = T
     Raises:
         SlimdiffError: the statistics hold no probes.
     """
-    device = next(denoiser.parameters()).device
-    half = statistics.probes.halves()[held_out]
-    return Probed(denoiser, half.batches(PROBE_BATCH, device))
+    return Probed(denoiser, statistics.probes.halves()[held_out])
 
 
 def _gains(probes: Probed, group: Group, decomposition: Decomposition) -> dict[int, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -29,6 +31,18 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         f"{type(pipe).__name__}: has no {' or '.join(NAMES)} (found: {_found(pipe)}); expected a "
         f"diffusers pipeline with a denoiser"
     )
+
+
+@contextlib.contextmanager
+def standing_in(pipe: Any, denoiser: nn.Module) -> Iterator[Any]:
+    """The pipeline with `denoiser` in the place of its own, which it gets back afterwards."""
+    name = denoiser_of(pipe)[0]
+    own = getattr(pipe, name)
+    setattr(pipe, name, denoiser)
+    try:
+        yield pipe
+    finally:
+        setattr(pipe, name, own)
 
 
 def component_of(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:

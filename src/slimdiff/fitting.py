@@ -12,21 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from slimdiff.config import recipe_named
-from slimdiff.curves import ErrorCurve, effective_weights
+from slimdiff.curves import ErrorCurve
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.latency import enough_runs, interleaved, seconds_of
 from slimdiff.groups import Group
-from slimdiff.heads import kept_heads
 from slimdiff.layer_timing import calling, narrowed
 from slimdiff.plan import Plan
 from slimdiff.probing import Probed
-from slimdiff.recipes import maps_of
-from slimdiff.removal import constant_weights
 from slimdiff.shapes import slim_config
 from slimdiff.statistics import Statistics
+from slimdiff.swapping import Swaps
 
 TOLERANCE = 0.03
 """Share by which a measured speed-up may miss what was asked."""
@@ -34,7 +31,10 @@ TOLERANCE = 0.03
 SLACK = 0.7
 """Share of the largest error from which on a plan is taken."""
 
-ROUNDS = 6
+ROUNDS = 8
+
+FLATTEST = 0.25
+"""Least slope of measured over predicted errors, in logarithms, that the search believes."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +120,17 @@ def fit_error(
     Raises:
         SlimdiffError: none was found; says the least error that was measured.
     """
-    goal, found = largest, []
+    goal, found, tried = largest, [], []
     for _ in range(ROUNDS):
         plan = make(goal)
         error = measure(plan)
+        tried.append((goal, error))
         plan.figures["measured_error"] = error
         logger.info("predicted %.2e, measured %.2e", goal, error)
         found.append((error, plan))
         if SLACK * largest <= error <= largest or error == 0.0:
             break
-        goal *= 0.95 * largest / error
+        goal = _next_goal(tried, largest)
     good = [pair for pair in found if pair[0] <= largest]
     if not good:
         least = min(error for error, _ in found)
@@ -137,6 +138,16 @@ def fit_error(
             f"quality {largest:g} is out of reach: the least error that was measured is {least:.2e}"
         )
     return max(good, key=lambda pair: pair[0])[1]
+
+
+def _next_goal(tried: Sequence[tuple[float, float]], largest: float) -> float:
+    """The prediction to ask for next, by the secant of measured over predicted in logarithms."""
+    goal, error = tried[-1]
+    slope = 1.0
+    if len(tried) > 1 and tried[-2][0] != goal and tried[-2][1] > 0:
+        rise = math.log(error / tried[-2][1]) / math.log(goal / tried[-2][0])
+        slope = min(max(rise, FLATTEST), 1.0)
+    return goal * (0.95 * largest / error) ** (1 / slope)
 
 
 def measured_error(
@@ -151,15 +162,5 @@ def measured_error(
     All groups shrink together: their dense-size weights that behave as the slim ones are swapped in
     for one run.
     """
-    denoiser, recipe = probes.denoiser, recipe_named(plan.recipe)
-    kept = kept_heads(denoiser, groups, statistics, plan, curves)
-    weights: dict[str, Tensor] = {}
-    for group in plan.changed(groups):
-        entry = plan.entries[group.name]
-        if entry.width == 0:
-            weights |= constant_weights(denoiser, group, statistics)
-            continue
-        ordered, which = curves[group.name].ordered, kept.get(group.layer)
-        maps = maps_of(denoiser, group, statistics, recipe, entry, ordered=ordered, kept=which)
-        weights |= effective_weights(denoiser, group, maps)
-    return probes.error(weights)
+    swaps = Swaps(probes.denoiser, groups, statistics, curves)
+    return probes.error(swaps.joined(swaps.of(plan).values()))

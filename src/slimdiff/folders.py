@@ -125,6 +125,7 @@ def reading(where: str | Path) -> Iterator[None]:
     except (SlimdiffError, torch.OutOfMemoryError):
         raise
     except (*causes, SafetensorError) as error:
-        # What diffusers advises on a wrong shape would load random weights.
-        why = re.split(r"\s*(?:If you want to instead|You may consider)", str(error))[0].strip()
+        # What diffusers advises would load random weights, or is no option here.
+        advice = r"\s*(?:If you want to instead|You may consider|Pass `trust_remote_code)"
+        why = re.split(advice, str(error))[0].strip()
         raise SlimdiffError(f"{where}: cannot be loaded ({why or type(error).__name__})") from error

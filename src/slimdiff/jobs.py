@@ -1,4 +1,4 @@
-"""Jobs: what all plans under one budget have in common, and how the best of them is found."""
+"""Jobs: what all plans under one budget have in common, and how they are fitted to it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,56 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimdiff import costs as costs_
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
 from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve, probes_of
 from slimdiff.denoiser import dense_class
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
-from slimdiff.fitting import fit_error, fit_speedup, measured_error, timed
+from slimdiff.fitting import fit_error, fit_speedup, timed
+from slimdiff.groups import Group
 from slimdiff.plan import Plan
 from slimdiff.planning import make_plan
 from slimdiff.prices import least_nanoseconds
 from slimdiff.probing import Probed
 from slimdiff.profiling import profile
 from slimdiff.statistics import Statistics
+from slimdiff.swapping import Swaps
 from slimdiff.upsamplers import fused_for
 
 Progress = Callable[[str, int, int], None]
+
+
+class Measuring:
+    """The probes, and the weights of plans, that all jobs of one call of `allocate` share."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        statistics: Statistics,
+        groups: Sequence[Group],
+        curves: Mapping[str, ErrorCurve],
+    ) -> None:
+        self._of = denoiser, statistics
+        self.swaps = Swaps(denoiser, groups, statistics, curves)
+
+    @functools.cached_property
+    def choosing(self) -> Probed:
+        """The probes to choose by."""
+        return probes_of(*self._of, held_out=False)
+
+    @functools.cached_property
+    def judging(self) -> Probed:
+        """The probes to judge by."""
+        return probes_of(*self._of)
+
+    def weights(self, plan: Plan) -> dict[str, Tensor]:
+        """Dense-size parameters that behave as those of a plan."""
+        return self.swaps.joined(self.swaps.of(plan).values())
 
 
 class Job:
@@ -43,18 +73,21 @@ class Job:
         settings: Allocation,
         layers: Sequence[str] | None,
         curves: Mapping[str, ErrorCurve],
+        saving: Saving | None = None,
     ) -> None:
         probe = statistics.probes.batches(1)
         inputs = probe[0] if probe else costs_.example_inputs(denoiser)
         self.denoiser, self.statistics, self.curves = denoiser, statistics, curves
         self.groups = groups_of(denoiser, layers or recipe.layers)
         self.budget, self.recipe, self.settings = budget, recipe, settings
-        self._inputs = inputs
+        self.shared = Measuring(denoiser, statistics, self.groups, curves)
+        self._inputs, self._saving = inputs, saving
         self._fuse(fused_for(denoiser, self.groups, budget.metric))
 
     def _fuse(self, upsamplers: Sequence[str]) -> None:
         self.fused = upsamplers
-        self.costs = costs_.measure(self.denoiser, self.groups, self._inputs, upsamplers)
+        how = (self._inputs, upsamplers, self._saving)
+        self.costs = costs_.measure(self.denoiser, self.groups, *how)
 
     def fusing(self, upsamplers: Sequence[str]) -> Job:
         """The same, with other upsamplers fused."""
@@ -62,38 +95,56 @@ class Job:
         job._fuse(upsamplers)
         return job
 
-    def removing(self, *, heads: bool = True) -> Job:
-        """The same, where the layers whose removal was measured may go, and heads if so told."""
+    def removing(self) -> Job:
+        """The same, where heads and the layers whose removal was measured may go."""
         measured = {name for name, curve in self.curves.items() if curve.removed is not None}
         removable = frozenset(g.layer for g in self.groups if g.name in measured)
+        return self.allowing(removable=removable, heads=True)
+
+    def allowing(self, **settings: Any) -> Job:
+        """The same, with other settings."""
         job = copy.copy(self)
-        job.settings = replace(self.settings, removable=removable, heads=heads)
+        job.settings = replace(self.settings, **settings)
         return job
 
-    @functools.cached_property
-    def _probes(self) -> Probed:
-        return probes_of(self.denoiser, self.statistics)
+    def keeping(self, layers: str) -> Job:
+        """The same, where layers of this name stay as they are."""
+        return self.allowing(kept=self.settings.kept | {layers})
 
-    def lost(self, plan: Plan) -> float:
-        """Error of a plan on the held-out probes, all groups shrunk together."""
-        return measured_error(self._probes, self.groups, self.statistics, plan, self.curves)
+    def predicting(self, curves: Mapping[str, ErrorCurve]) -> Job:
+        """The same, by other curves."""
+        job = copy.copy(self)
+        job.curves = curves
+        return job
+
+    def lost(self, plan: Plan, *, guided: bool = False) -> float:
+        """Error of a plan on the probes to judge by, all groups shrunk together.
+
+        Args:
+            plan: under the budget.
+            guided: of the guided prediction, as predicted errors are, else of each half by itself.
+        """
+        return self.shared.judging.measure(self.shared.weights(plan), guided=guided).error
+
+    def loses(self, plan: Plan) -> float:
+        """Error of a plan on all probes, to compare it with other plans."""
+        weights = self.shared.weights(plan)
+        return self.shared.judging.error(weights) + self.shared.choosing.error(weights)
 
     def plan(self, **limits: Any) -> Plan:
         """The plan under the budget, or under other limits (see `make_plan`)."""
-        bytes_each = next(self.denoiser.parameters()).element_size()
-        plan = make_plan(
+        return make_plan(
             dense_class(self.denoiser),
             self.groups,
             self.costs,
             self.curves,
             self.statistics,
-            self.budget.in_parameters(bytes_each),
+            self.budget,
             self.recipe,
             self.settings,
             fused=self.fused,
             **limits,
         )
-        return replace(plan, budget=self.budget.describe())
 
 
 def as_fast(
@@ -129,27 +180,3 @@ def as_good(job: Job) -> Plan:
     assert job.budget.largest_error is not None
     goal = job.budget.largest_error
     return fit_error(lambda goal: job.plan(largest_error=goal), job.lost, goal)
-
-
-def best_of(job: Job, fit: Callable[[Job], Plan]) -> Plan:
-    """The best, as measured, of the plans that may remove layers and heads, layers alone, and none.
-
-    Without a layer or a head errors are large, and several may add up to more than their sum.
-    """
-    if job.settings.name != "probed":
-        return fit(job)
-    plan = fit(job.removing())
-    plans = [plan]
-    for fewer, removed in ((job.removing(heads=False), "heads_removed"), (job, "layers_removed")):
-        if removed not in plan.figures:
-            continue
-        try:
-            plan = fit(fewer)
-        except SlimdiffError:  # out of reach for them
-            continue
-        plans.append(plan)
-    if len(plans) == 1:
-        return plan
-    if job.budget.largest_error is not None:
-        return min(plans, key=lambda made: int(made.figures["macs"]))
-    return min(plans, key=job.lost)

@@ -53,6 +53,11 @@ class Journal:
     sections: Results = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
+    def begin(self, progress: Progress | None) -> Progress:
+        """Draw what the pipeline draws before anything is changed; see `noting`."""
+        self.draw("dense")
+        return self.noting(progress)
+
     def noting(self, progress: Progress | None) -> Progress:
         """`progress`, and a note of the stages that reported any."""
 
@@ -119,7 +124,8 @@ class Journal:
         """What to type in Python for the same again."""
         by_hand = self.settings["budget"] is None
         given = ["pipe", "prompts", *(["plan=plan"] if by_hand else [])]
-        chosen: dict[str, Any] = {} if by_hand else dict(self.settings)
+        finishing = {name: self.settings[name] for name in ("refit", "heal")}
+        chosen: dict[str, Any] = finishing if by_hand else dict(self.settings)
         kept = {"results": Path(self.results).name if self.results else None}
         chosen = chosen | ({"component": self.component} if self.component else {})
         settings = {**chosen, "config": self.config, **kept, "pictures": self.pictures}

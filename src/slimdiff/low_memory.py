@@ -8,18 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from slimdiff import costs
 from slimdiff.budget import Budget
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand
-from slimdiff.probes import Probes
-from slimdiff.shards import Shards
 from slimdiff.statistics import Statistics
+from slimdiff.stored import saving_of
 from slimdiff.streaming import denoiser_folder, on_meta, refuse_slim, rewrite_pipeline_folder
 from slimdiff.widths import allocate
 
@@ -62,23 +58,23 @@ def compress_folder(
             otherwise as `rewrite_pipeline_folder`.
     """
     component = denoiser_folder(folder)
-    denoiser = _typed(on_meta(component), Shards(component, variant))
+    denoiser = on_meta(component)
     refuse_slim(denoiser)
+    saving = saving_of(denoiser, component, variant)
     stored = Statistics.open(statistics)
-    _cast(stored.probes, next(denoiser.parameters()).dtype)
     if (budget is None) == (plan is None):
         raise SlimdiffError("give either a budget or a plan")
     if budget is not None:
         _refuse_forwards(budget, allocation)
         how: dict[str, Any] = {"recipe": recipe, "tied": tied, "multiple": multiple}
-        more = how | {"layers": layers, "allocation": "uniform", "curves": {}}
-        plan = allocate(denoiser, stored, budget, **more)
+        how |= {"layers": layers, "allocation": "uniform", "curves": {}, "saving": saving}
+        plan = allocate(denoiser, stored, budget, **how)
     else:
         assert plan is not None
         groups = groups_of(denoiser)
         probes = stored.probes.batches(1)
         call = probes[0] if probes else costs.example_inputs(denoiser)
-        counted = costs.measure(denoiser, groups, call, plan.fused)
+        counted = costs.measure(denoiser, groups, call, plan.fused, saving)
         plan = by_hand(plan, groups, counted)
     plan.figures["calibration"] = stored.source
     begun = time.perf_counter()
@@ -86,22 +82,6 @@ def compress_folder(
     rewrite_pipeline_folder(folder, out, stored, plan, **options)
     seconds = {"rewrite": time.perf_counter() - begun}
     return replace(plan, figures=plan.figures | {"seconds": seconds, "reused": []})
-
-
-def _typed(denoiser: nn.Module, shards: Shards) -> nn.Module:
-    """In the dtype of the weights on disk: budgets of memory count with it."""
-    first = next(name for name, _ in denoiser.named_parameters())
-    return nn.Module.to(
-        denoiser, shards.read(first).dtype
-    )  # diffusers' own warns about float32 parts
-
-
-def _cast(probes: Probes, dtype: torch.dtype) -> None:
-    """Probes may have been kept in another dtype than the weights have on disk."""
-    for probe in probes.rows.values():
-        for name, tensor in probe.tensors.items():
-            if tensor.is_floating_point() and tensor.ndim > 1:
-                probe.tensors[name] = tensor.to(dtype)
 
 
 def _refuse_forwards(budget: Budget, allocation: str) -> None:

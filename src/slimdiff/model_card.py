@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimdiff.components import absent_components, loading_call
-from slimdiff.denoiser import ENCODERS, slim_components
+from slimdiff.denoiser import ENCODERS, settings, slim_components
 from slimdiff.plan import Entry, Plan
 from slimdiff.report.names import width_name
 
@@ -46,10 +46,11 @@ def model_card(pipe: Any, title: str, call: str) -> str:
     slim = slim_components(pipe)
     parts = [_yaml(header), f"# {title}", _introduction(slim, base)]
     parts += [_figures(name, module, _plan_of(module)) for name, module in slim.items()]
-    parts += [_loading(title, list(slim), call)]
+    parts += [_without_self_attention(name, module) for name, module in slim.items()]
+    parts += [_loading(title, slim, call)]
     for name, module in slim.items():
         if plan := _plan_of(module):
-            parts += [_groups(name, plan), _maps(name)]
+            parts += [_groups(name, plan), _maps(name, _later(module))]
     parts += [_versions()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -92,11 +93,27 @@ def _introduction(slim: Mapping[str, nn.Module], base: str) -> str:
     classes = {name: type(module).__name__.removeprefix("Slim") for name, module in slim.items()}
     *most, last = [f"{name}{of} (`{dense}`)" for name, dense in classes.items()]
     named = " and the ".join([*([", the ".join(most)] if most else []), last])
+    trained = (
+        "and then healed: trained to predict what the original predicts along its own "
+        "trajectories, without images or labels"
+    )
+    how = trained if any(_healed(module) for module in slim.values()) else "without training"
     return (
         f"The {named} with narrower layers, made by "
-        f"slimdiff in closed form from calibration prompts, without training. All other "
+        f"slimdiff in closed form from calibration prompts, {how}. All other "
         f"components are as they were."
     )
+
+
+def _healed(module: nn.Module) -> bool:
+    """Whether its weights were trained after some slimming."""
+    return "healed" in (settings(module).get("slimdiff") or {})
+
+
+def _later(module: nn.Module) -> str | None:
+    """What changed its weights after the maps had made them."""
+    slim = settings(module).get("slimdiff") or {}
+    return "healing" if "healed" in slim else "the refit" if "refit" in slim else None
 
 
 def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
@@ -109,16 +126,26 @@ def _figures(name: str, module: nn.Module, plan: Plan | None) -> str:
         rows += [("Budget", plan.budget)] if plan.budget else []
         error = "Error of its output" if name in ENCODERS else "Velocity error"
         again = "started_from" in figures
+        whose = "held-out" if figures.get("held_out") else "the calibration's own"
         beside = ", against the slim model that this was made from" if again else ""
+        beside += ", before healing" if "healed" in figures else ""
         for key, text in (
             ("predicted_error", f"{error}, predicted"),
-            ("error_on_probes", f"The same, measured on the calibration's own inputs{beside}"),
+            ("error_on_probes", f"The same, measured on {whose} prompts{beside}"),
         ):
             if key in figures:
                 rows.append((text, f"{float(figures[key]):.2e}"))
+        rows += _healing(figures["healed"]) if "healed" in figures else []
         if plan.fused:
             rows.append(("Upsamplers fused, which changes no output", str(len(plan.fused))))
     return _table(("", ""), rows)
+
+
+def _healing(healed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    errors = " to ".join(f"{healed[key]:.2e}" for key in ("before", "after"))
+    told = f"{healed['steps']:,} steps, {healed['seconds'] / 60:.1f} minutes"
+    prompts = f"{healed['prompts']:,} prompts, {healed['held_out']:,} others to judge by"
+    return [("Healing", f"{told}, {prompts}"), ("Velocity error on those others", errors)]
 
 
 def _before_and_after(
@@ -136,10 +163,23 @@ def _before_and_after(
     return rows
 
 
-def _loading(title: str, names: list[str], call: str) -> str:
-    modules = [
-        f"`{name}/slim_{'text_encoder' if name in ENCODERS else 'denoiser'}.py`" for name in names
-    ]
+def _without_self_attention(name: str, module: nn.Module) -> str:
+    """Names what guidance by perturbed self-attention would look for in vain."""
+    layers = module.named_modules()
+    gone = [path for path, layer in layers if getattr(layer, "was_self_attention", False)]
+    if not gone:
+        return ""
+    listed = "\n".join(f"- `{path}`" for path in gone)
+    return (
+        f"Self-attention layers of the {name} that were removed:\n\n{listed}\n\nGuidance that "
+        f"perturbs or skips self-attention (PAG, at the middle block by default) has nothing to "
+        f"act on there: name other layers, as in `pag_applied_layers`."
+    )
+
+
+def _loading(title: str, slim: Mapping[str, nn.Module], call: str) -> str:
+    modules = [f"`{name}/{module.__module__}.py`" for name, module in slim.items()]
+    first = next(iter(slim))
     return f"""## Loading
 
 With slimdiff, which runs no code from this folder:
@@ -156,6 +196,20 @@ With diffusers alone; `trust_remote_code` allows it to run {" and ".join(modules
 from diffusers import DiffusionPipeline
 
 pipe = {call}
+```
+
+{_alone(title, first)}"""
+
+
+def _alone(title: str, name: str) -> str:
+    """How a component loads without its pipeline; diffusers takes no subfolder for that."""
+    library = "transformers" if name in ENCODERS else "diffusers"
+    return f"""One component alone, by the path of its folder instead of `subfolder`:
+
+```python
+from {library} import AutoModel
+
+{name} = AutoModel.from_pretrained("{title}/{name}", trust_remote_code=True)
 ```"""
 
 
@@ -189,13 +243,14 @@ def _narrowed(entry: Entry) -> str:
     return f"{entry.dense_width} to {entry.width}" if entry.width else width_name(0)
 
 
-def _maps(name: str) -> str:
+def _maps(name: str, later: str | None) -> str:
     of = f" of the {name}" if name in ENCODERS else ""
+    until, nearly = (f", as they were before {later}", ", if not quite") if later else ("", "")
     return (
         f"## Plan and maps{of}\n\n`{name}/slimdiff.json` is the plan; "
         f"`{name}/slimdiff_maps.safetensors` holds the small matrices that take the original "
-        f"weights to these. A LoRA made for the original model does not fit the narrow layers as "
-        f"it is: the maps are what carries it over."
+        f"weights to these{until}. A LoRA made for the original model does not fit the narrow "
+        f"layers as it is: the maps are what carries it over{nearly}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,19 +12,22 @@ from typing import Any
 from torch import nn
 
 from slimdiff import costs as costs_
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
 from slimdiff.calibrate import calibrate
 from slimdiff.composition import composed_plan, earlier_record
 from slimdiff.config import CalibrationConfig, recipe_named
-from slimdiff.curves import ErrorCurve, probes_of
+from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.families import groups_of
+from slimdiff.heal import check_heal, heal_slimmed
+from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
 from slimdiff.planning import by_hand, check_budget, refuse_unfit
+from slimdiff.refitting.stage import check_refit, may_refit, refit_slimmed
 from slimdiff.removal import check_removed, removable_layers
 from slimdiff.rewrite import rewrite
 from slimdiff.statistics import Statistics
@@ -50,9 +54,12 @@ def compress(
     layers: Sequence[str] | None = None,
     component: str | None = None,
     config: CalibrationConfig | None = None,
+    refit: bool | None = None,
+    heal: float | None = None,
     checkpoint: str | Path | None = None,
     results: str | Path | None = None,
     pictures: int = 4,
+    saving: Saving | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
@@ -60,48 +67,48 @@ def compress(
     Args:
         pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
         prompts: calibration prompts; a few hundred of the kind that the model will be given.
-        budget, plan: what the component may hold afterwards, or the widths to use instead.
-        recipe, allocation, tied, multiple, temperature, remove_layers, layers: see `allocate`.
-        component: a text encoder to slim instead, such as `text_encoder`; the budget is its own.
-        config: how calibration samples.
-        checkpoint: folder to save statistics and error curves to, and to resume from.
+        budget, plan: what may stay, or the widths to use. Recipe to layers, saving: see `allocate`.
+        component, config: a text encoder to slim instead, of its own budget; how to sample.
+        refit, heal: see `slimdiff.refit` (None: where that pays), `slimdiff.heal` (in minutes).
+        checkpoint, progress: folder to save to and resume from; called with (stage, done, in all).
         results, pictures: file for `slimdiff report`, and how many prompts are drawn for it.
-        progress: called with (stage, done, in all).
 
     Raises:
-        SlimdiffError: an impossible budget (says the smallest possible), no prompts, an unknown or
-            incomplete denoiser, NaN or infinity in an activation.
+        SlimdiffError: an impossible budget, no prompts, an unknown denoiser, NaN or infinity.
     """
-    denoiser = component_of(pipe, component)[1]
-    config = config or CalibrationConfig()
+    denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer["remove_layers"] = remove_layers
-    _refuse_impossible(pipe, component, config, budget, plan, how | finer)
-    done = (results, pictures if results else 0, {"budget": budget} | how | finer, component)
+    told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
+    _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
+    done = (results, pictures if results else 0, told, component)
     journal = Journal(pipe, list(prompts), config, *done)
-    journal.draw("dense")
-    progress = journal.noting(progress)
-    kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
+    progress = journal.begin(progress)
     once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
     with journal.timed("calibrate"):
         statistics = calibrate(pipe, prompts, config, **once, progress=progress)
     curves: dict[str, ErrorCurve] = {}
     if budget is not None:
+        kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
         with journal.timed("allocate"):
             curves = measure_curves(denoiser, statistics, **how, **kept)
-            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept, curves=curves)
+            kept |= {"curves": curves, "saving": saving}
+            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept)
     else:
-        plan = _given(denoiser, statistics, plan)
-    _finish(journal, statistics, plan, curves, progress)
+        plan = _given(denoiser, statistics, plan, saving)
+    _finish(journal, statistics, plan, curves, progress, checkpoint)
     return plan
 
 
-def _given(denoiser: nn.Module, statistics: Statistics, plan: Plan | None) -> Plan:
+def _given(
+    denoiser: nn.Module, statistics: Statistics, plan: Plan | None, saving: Saving | None
+) -> Plan:
     assert plan is not None, "checked before: either a budget or a plan"
     groups = groups_of(denoiser)
     probe = statistics.probes.batches(1)[0]
-    return by_hand(plan, groups, costs_.measure(denoiser, groups, probe, plan.fused))
+    counted = costs_.measure(denoiser, groups, probe, plan.fused, saving)
+    return by_hand(plan, groups, counted)
 
 
 def _finish(
@@ -110,17 +117,24 @@ def _finish(
     plan: Plan,
     curves: Mapping[str, ErrorCurve],
     progress: Progress | None,
+    folder: str | Path | None,
 ) -> None:
     """Rewrite the denoiser, add what was measured to the plan's figures, write the results."""
     name, denoiser = component_of(journal.pipe, journal.component)
-    probed, earlier = probes_of(denoiser, statistics), earlier_record(denoiser)
+    may = may_refit(journal.settings["refit"], plan.recipe, name, len(journal.prompts))
+    dense = copy.deepcopy(denoiser) if may or journal.settings["heal"] else None
+    held_out, earlier = HeldOut(denoiser, statistics), earlier_record(denoiser)
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
         rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     if name in ENCODERS:
         plan.figures["component"] = name
-    plan.figures["error_on_probes"] = probed.error({})
+    plan.figures.update(held_out.figures())
+    if dense is not None and may:
+        refit_slimmed(journal, dense, plan, held_out, progress)
+    if dense is not None and journal.settings["heal"]:
+        heal_slimmed(journal, dense, plan, held_out, folder, progress)
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
     plan.figures["calibration"] = statistics.source
@@ -137,14 +151,18 @@ def _finish(
 
 def _refuse_impossible(
     pipe: Any,
+    prompts: Sequence[str],
     component: str | None,
     config: CalibrationConfig,
-    budget: Budget | None,
     plan: Plan | None,
     how: dict[str, Any],
+    saving: Saving | None,
 ) -> None:
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
+    budget: Budget | None = how["budget"]
+    check_heal(how["heal"], prompts, name)
+    check_refit(how["refit"], name, len(prompts))
     if earlier_record(denoiser) is not None:
         logger.warning("warning: the model is slim already: shares are of what it has by now")
     if (budget is None) == (plan is None):
@@ -165,8 +183,7 @@ def _refuse_impossible(
         settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         fused = fused_for(denoiser, groups, budget.metric)
-        costs = costs_.measure(denoiser, groups, call, fused)
+        costs = costs_.measure(denoiser, groups, call, fused, saving)
         refuse_unfit(budget, recipe, settings, groups)
         if budget.metric != "latency" and budget.largest_error is None:
-            bytes_each = next(denoiser.parameters()).element_size()
-            check_budget(groups, costs, budget.in_parameters(bytes_each), recipe, settings)
+            check_budget(groups, costs, budget, recipe, settings)

@@ -205,7 +205,8 @@ def _check_entry(group: Group, entry: Entry) -> None:
 class SlimRecord:
     """What a slim denoiser carries along: its plan and the maps from dense to slim weights.
 
-    `maps` is keyed `<group name>/<map name>`.
+    `maps` is keyed `<group name>/<map name>`. Where the slim config has `healed`, the weights were
+    trained after the maps made them.
     """
 
     plan: Plan

@@ -194,9 +194,10 @@ def _solve(units: Sequence[allocate.Unit], limit: int, allocation: Allocation) -
 def counted(
     groups: Sequence[Group], costs: Costs, entries: Mapping[str, Entry], fused: Sequence[str]
 ) -> dict[str, Any]:
-    """Parameters and MACs, dense and slim, of a denoiser with these entries; what else changed."""
+    """Parameters, MACs and bytes, dense and slim, of a denoiser with these entries; what else
+    changed."""
     figures: dict[str, Any] = {}
-    for metric in ("params", "macs"):
+    for metric in ("params", "macs", "bytes"):
         saved = sum(
             costs.groups[group.name].of(metric, group.inner)
             - costs.groups[group.name].of(metric, _inner(entries, group))

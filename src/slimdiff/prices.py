@@ -59,8 +59,10 @@ def offered(
     bundles = bundles_of(groups, recipe, allocation)
     if not (allocation.heads and allocation.name == "probed"):
         return bundles
+    multiple = allocation.head_multiple
     return [
-        with_fewer_heads(bundle, curves, functools.partial(prices, bundle)) for bundle in bundles
+        with_fewer_heads(bundle, curves, functools.partial(prices, bundle), multiple)
+        for bundle in bundles
     ]
 
 

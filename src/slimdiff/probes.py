@@ -1,27 +1,25 @@
-"""Probes: a few of the denoiser's own inputs, kept to measure its output error on later.
+"""Probes: a few of the denoiser's own inputs, kept to measure its output error on.
 
-A probe is one row of one call: latents, timestep and conditioning. Of every timestep the row with
-the smallest hash of its content is kept first, then the second smallest, and so on: a sample that
-is spread over the timesteps, and that depends neither on the order in which rows are seen nor on
-how the work was split. Two reservoirs merge into the one of their union.
+A probe is one row of one call: latents, timestep and conditioning. Rows that share latents and
+timestep are halves of one guided prediction (classifier-free guidance): they belong to one *point*
+of a trajectory, and are kept or left out together. Of every timestep the point with the smallest
+hash of its content is kept first, then the second smallest, and so on: a sample that is spread over
+the timesteps, and that depends neither on the order in which rows are seen nor on how the work was
+split. Two reservoirs merge into the one of their union.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HASHED_VALUES = 256
-PLACE = "#"
-"""Begins the name of an item of a list or tuple argument: `image_rotary_emb/#0`."""
+from slimdiff.calls import digest_of, fingerprints, flatten, item_of, nest, row_of
 
 
 @dataclass(frozen=True)
@@ -29,180 +27,211 @@ class Probe:
     """The keyword arguments of a denoiser call with a batch of one.
 
     Attributes:
-        key: hash of the content; of every timestep the reservoir keeps the smallest.
+        key: hash of the whole row.
         tensors: argument path (`added_cond_kwargs/time_ids`) -> tensor with a batch of 1, or
             one that has no batch (positions).
         constants: argument path -> JSON value; a list that has an item for each row has one.
+        point: hash of latents and timestep, which the halves of a guided prediction share; of a
+            text encoder's row, which has neither, that of the row.
+        prompt: hash of the conditioning: all but latents and timestep.
+        order: of the rows of its point, which came first in its call.
     """
 
     key: str
     tensors: dict[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
+    point: str = ""
+    prompt: str = ""
+    order: int = 0
 
     @property
     def timestep(self) -> float | None:
         """Where on the way from noise to image it is, if the denoiser was told."""
-        return _timestep(self.tensors)
+        return _timesteps(self.tensors, 1)[0]
 
 
 @dataclass
 class Probes:
-    """A reservoir of at most `capacity` probes."""
+    """A reservoir of at most `capacity` points of trajectories.
+
+    Attributes:
+        capacity: points, each of one row, or of a row for each half of guidance.
+        seed: chooses them.
+        rows: key -> probe.
+        guidance: the scale g of the guided prediction u + g (c - u) that the rows of a point make;
+            None where they were not guided, or nobody knows.
+    """
 
     capacity: int
     seed: int = 0
     rows: dict[str, Probe] = field(default_factory=dict)
+    guidance: float | None = None
 
     def offer(self, arguments: Mapping[str, Any]) -> None:
         """Consider every row of one denoiser call, given by its keyword arguments."""
         tensors, constants = flatten(arguments)
         batch = next((t.shape[0] for t in tensors.values() if t.ndim > 1), 0)
-        for row in range(batch):
-            sliced = {path: _row(tensor, row, batch) for path, tensor in tensors.items()}
-            key = self._key(sliced)
-            times = {known: probe.timestep for known, probe in self.rows.items()}
-            if key not in self.rows and key in self._first(times | {key: _timestep(sliced)}):
-                kept = {path: tensor.detach().cpu().clone() for path, tensor in sliced.items()}
-                own = {path: _item(value, row, batch) for path, value in constants.items()}
-                self._keep([Probe(key, kept, own)])
+        named = self._names(tensors, constants, batch)
+        times = _timesteps(tensors, batch)
+        offered = {point: time for (_, point, _), time in zip(named, times, strict=True)}
+        kept = set(self._first(self._times() | offered))
+        places: Counter[str] = Counter()
+        rows = []
+        for row, (key, point, prompt) in enumerate(named):
+            if point in kept and key not in self.rows:
+                own = {p: row_of(t, row, batch).detach().cpu().clone() for p, t in tensors.items()}
+                fixed = {path: item_of(value, row, batch) for path, value in constants.items()}
+                rows.append(Probe(key, own, fixed, point, prompt, places[point]))
+            places[point] += 1
+        self._keep(rows)
 
     def merge(self, others: Iterable[Probes]) -> None:
         """Take in the rows of other reservoirs."""
         for other in others:
             self._keep(other.rows.values())
+            self.guidance = other.guidance if self.guidance is None else self.guidance
+
+    def calls(self, size: int) -> list[list[Probe]]:
+        """The probes of each of the calls that `batches` makes, in the order of their rows."""
+        alike: dict[str, list[Probe]] = {}
+        for probe in sorted(self.rows.values(), key=lambda p: (p.point, p.order, p.key)):
+            alike.setdefault(_signature(probe), []).append(probe)
+        return [
+            probes[start : start + size]
+            for probes in alike.values()
+            for start in range(0, len(probes), size)
+        ]
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
         """The probes as keyword arguments of denoiser calls, at most `size` rows each.
 
         Rows whose shapes differ go into different calls.
         """
-        alike: dict[str, list[Probe]] = {}
-        for _, probe in sorted(self.rows.items()):
-            alike.setdefault(_signature(probe), []).append(probe)
-        return [
-            _joined(probes[start : start + size], device)
-            for probes in alike.values()
-            for start in range(0, len(probes), size)
-        ]
+        return [_joined(probes, device) for probes in self.calls(size)]
+
+    def unguided_prompt(self) -> str | None:
+        """The conditioning of the half that sees no prompt; None where there is no such half.
+
+        It is the same for most prompts. Where all are equally frequent, as with a single prompt, it
+        is that of the first row, where pipelines put it.
+        """
+        paired = Counter(probe.point for probe in self.rows.values())
+        seen: Counter[str] = Counter()
+        for probe in sorted(self.rows.values(), key=lambda p: (p.order, p.key)):
+            if paired[probe.point] > 1:
+                seen[probe.prompt] += 1
+        return max(seen, key=lambda prompt: seen[prompt]) if seen else None
+
+    def prompts(self) -> dict[str, str]:
+        """Point -> the prompt that it was drawn for: the conditioning that is not the empty one."""
+        empty = self.unguided_prompt()
+        found: dict[str, str] = {}
+        for probe in self.rows.values():
+            if probe.prompt != empty or probe.point not in found:
+                found[probe.point] = probe.prompt
+        return found
 
     def halves(self) -> tuple[Probes, Probes]:
-        """The probes to choose widths by, and others to judge by, both spread over the timesteps.
+        """The points to choose widths by, and others to judge by, both spread over the timesteps.
 
-        A single probe is in both.
+        They are of different prompts wherever there is more than one; a single point is in both.
         """
-        order = sorted(self.rows.items(), key=lambda row: (row[1].timestep or 0.0, row[0]))
-        parts = dict(order[::2]), dict(order[1::2] or order)
-        chosen, judging = (Probes(self.capacity, self.seed, rows) for rows in parts)
+        of, times = self.prompts(), self._times()
+        texts = sorted(set(of.values()), key=lambda text: digest_of(str(self.seed), text))
+        if len(texts) > 1:
+            sides = _shared_out([[p for p in of if of[p] == text] for text in texts])
+        else:
+            order = sorted(of, key=lambda point: (times[point] or 0.0, point))
+            sides = set(order[::2]), set(order[1::2] or order)
+        chosen, judging = (self.only(side) for side in sides)
         return chosen, judging
 
+    def only(self, points: set[str]) -> Probes:
+        """The probes of these points."""
+        rows = {key: probe for key, probe in self.rows.items() if probe.point in points}
+        return Probes(self.capacity, self.seed, rows, self.guidance)
+
+    def described(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        names = ("constants", "point", "prompt", "order")
+        rows = {key: {n: getattr(p, n) for n in names} for key, p in self.rows.items()}
+        own = ("capacity", "seed", "guidance")
+        return {name: getattr(self, name) for name in own} | {"rows": rows}
+
+    @classmethod
+    def restored(
+        cls, described: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+    ) -> Probes:
+        """What `described` described, with its tensors `<name>/<key>/<path>`."""
+        rows = {}
+        for key, own in described["rows"].items():
+            prefix = f"{name}/{key}/"
+            found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            rows[key] = Probe(key, found, **own)
+        return cls(described["capacity"], described["seed"], rows, described["guidance"])
+
     def _keep(self, probes: Iterable[Probe]) -> None:
-        rows = self.rows | {probe.key: probe for probe in probes}
-        kept = self._first({key: probe.timestep for key, probe in rows.items()})
-        self.rows = {key: rows[key] for key in kept}
+        self.rows |= {probe.key: probe for probe in probes}
+        kept = set(self._first(self._times()))
+        rows = sorted(self.rows.values(), key=lambda p: (p.point, p.order, p.key))
+        self.rows = {probe.key: probe for probe in rows if probe.point in kept}
+
+    def _times(self) -> dict[str, float | None]:
+        return {probe.point: probe.timestep for probe in self.rows.values()}
 
     def _first(self, times: Mapping[str, float | None]) -> list[str]:
-        """The keys that are kept, of those with their timesteps: all first ones, all second ..."""
+        """The points that stay, of these with their timesteps: all first, then all second ..."""
         seen: Counter[float | None] = Counter()
         ranked: list[tuple[int, str]] = []
-        for key in sorted(times):
-            ranked.append((seen[times[key]], key))
-            seen[times[key]] += 1
-        return [key for _, key in sorted(ranked)[: self.capacity]]
+        for rank, point in sorted((digest_of(str(self.seed), point), point) for point in times):
+            ranked.append((seen[times[point]], rank + point))
+            seen[times[point]] += 1
+        return [name[64:] for _, name in sorted(ranked)[: self.capacity]]
 
-    def _key(self, tensors: Mapping[str, Tensor]) -> str:
-        digest = hashlib.sha256(str(self.seed).encode())
-        for path, tensor in sorted(tensors.items()):
-            values = tensor.detach().flatten()[:HASHED_VALUES].double().cpu()
-            digest.update(path.encode() + values.numpy().tobytes())
-        return digest.hexdigest()
-
-
-def bound(signature: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, those that the signature only knows as `**kwargs` too."""
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    return arguments
-
-
-def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """Tensors and JSON constants of nested keyword arguments, by slash-separated path.
-
-    `None`, `return_dict` and what is neither tensor nor constant are left out.
-    """
-    tensors: dict[str, Tensor] = {}
-    constants: dict[str, Any] = {}
-    for name, value in arguments.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Tensor):
-            tensors[path] = value.reshape(1) if value.ndim == 0 else value
-        elif path == "timestep" and isinstance(value, int | float):
-            tensors[path] = torch.tensor([value])
-        elif isinstance(value, Mapping):
-            inner, fixed = flatten(value, f"{path}/")
-            tensors |= inner
-            constants |= fixed
-        elif isinstance(value, list | tuple) and _holds_tensors(value):
-            parts = {f"{PLACE}{place}": part for place, part in enumerate(value)}
-            inner, fixed = flatten(parts, f"{path}/")
-            tensors |= inner
-            constants |= fixed
-        elif isinstance(value, bool | int | float | str | list | tuple) and name != "return_dict":
-            constants[path] = value
-    return tensors, constants
+    def _names(
+        self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any], batch: int
+    ) -> list[tuple[str, str, str]]:
+        """Key, point and prompt of every row of a call."""
+        hashes = fingerprints(tensors, batch)
+        latents = next((path for path, t in tensors.items() if t.ndim > 1), None)
+        where = {latents, "timestep"} if "timestep" in tensors else set()
+        found = []
+        for row in range(batch):
+            fixed = {path: item_of(value, row, batch) for path, value in constants.items()}
+            own = [f"{path}={values[row]}" for path, values in sorted(hashes.items())]
+            rest = [f"{p}={values[row]}" for p, values in sorted(hashes.items()) if p not in where]
+            key = digest_of(*own, json.dumps(fixed, sort_keys=True, default=str))
+            point = digest_of(*(hashes[path][row] for path in sorted(filter(None, where))))
+            found.append((key, point if where else key, digest_of(*rest)))
+        return found
 
 
-def _holds_tensors(value: Sequence[Any]) -> bool:
-    return any(isinstance(part, Tensor) for part in value)
+def _shared_out(texts: list[list[str]]) -> tuple[set[str], set[str]]:
+    """Points of different prompts on two sides that hold about as many; prompts stay whole."""
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for points in texts:
+        min(sides, key=len).update(points)
+    return sides
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested arguments that `flatten` took apart."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
-    return {name: _listed(value) for name, value in nested.items()}
-
-
-def _listed(value: Any) -> Any:
-    """A tuple where all names are places, else as it is."""
-    if not isinstance(value, dict):
-        return value
-    inner = {name: _listed(part) for name, part in value.items()}
-    if inner and all(name.startswith(PLACE) for name in inner):
-        return tuple(inner[f"{PLACE}{place}"] for place in range(len(inner)))
-    return inner
-
-
-def _item(value: Any, row: int, batch: int) -> Any:
-    return [value[row]] if isinstance(value, list) and len(value) == batch else value
-
-
-def _timestep(tensors: Mapping[str, Tensor]) -> float | None:
-    return float(tensors["timestep"].flatten()[0]) if "timestep" in tensors else None
-
-
-def _row(tensor: Tensor, row: int, batch: int) -> Tensor:
-    return tensor[row : row + 1] if tensor.shape[0] == batch else tensor
+def _timesteps(tensors: Mapping[str, Tensor], batch: int) -> list[float | None]:
+    """Of every row of a call; where tokens have timesteps of their own, the first one's."""
+    if "timestep" not in tensors:
+        return [None] * batch
+    found = tensors["timestep"]
+    if len(found) != batch:
+        return [float(found.flatten()[0])] * batch
+    return list(found.reshape(batch, -1)[:, 0].double().tolist())
 
 
 def _signature(probe: Probe) -> str:
     shapes = {path: [str(t.dtype), *t.shape[1:]] for path, t in sorted(probe.tensors.items())}
-    shared = {path: _digest(t) for path, t in sorted(probe.tensors.items()) if not _has_batch(t)}
-    return json.dumps([shapes, shared, probe.constants], sort_keys=True)
+    shared = {path: t for path, t in sorted(probe.tensors.items()) if not _has_batch(t)}
+    return json.dumps([shapes, fingerprints(shared, 1), probe.constants], sort_keys=True)
 
 
 def _has_batch(tensor: Tensor) -> bool:
     return tensor.shape[0] == 1
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.double().numpy().tobytes()).hexdigest()
 
 
 def _joined(probes: list[Probe], device: torch.device | str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimdiff.calls import bound
 from slimdiff.families import family_of, groups_of
 from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
-from slimdiff.probes import Probes, bound
+from slimdiff.probes import Probes
 from slimdiff.recorder import Recorder
 from slimdiff.removal import mean_name, why_it_stays
 from slimdiff.statistics import Statistics
@@ -31,8 +32,15 @@ def record(
     num_probes: int = 32,
     tokens_per_sample: int = 256,
     dtype: torch.dtype = torch.float64,
+    held_out: bool = False,
 ) -> Iterator[Statistics]:
     """Record the statistics of `denoiser` while the caller runs it.
+
+    What is lost on inputs that the moments are of is less than on others. To measure the latter,
+    run a few inputs apart from the rest:
+
+        with slimdiff.record(denoiser, held_out=True) as statistics: ...  # a tenth of the inputs
+        with slimdiff.record(denoiser, statistics=statistics): ...        # the others
 
     Args:
         denoiser: any denoiser or text encoder of a known family; it is not changed. Where a text
@@ -40,15 +48,25 @@ def record(
         groups: what to record for; all groups of the denoiser by default.
         statistics: adds to these instead of starting from nothing.
         seed: chooses token rows and probes.
-        num_probes: inputs of the denoiser that are kept: half to measure gains, half to judge by.
+        num_probes: points of trajectories whose inputs are kept, with guidance both halves of each:
+            half to measure gains, half to judge by.
         tokens_per_sample: token rows per image and call that enter a statistic.
         dtype: of the sums.
+        held_out: keep inputs only, no moments; later recordings into the same statistics then keep
+            none but a few to compare with.
 
     Raises:
         SlimdiffError: unknown denoiser; NaN or infinity in an activation (names the module).
     """
     with recording(
-        denoiser, groups, statistics, seed, num_probes, tokens_per_sample, dtype
+        denoiser,
+        groups,
+        statistics,
+        seed,
+        num_probes,
+        tokens_per_sample,
+        dtype,
+        held_out=held_out,
     ) as recorder:
         yield recorder.statistics
 
@@ -62,27 +80,41 @@ def recording(
     num_probes: int,
     tokens_per_sample: int,
     dtype: torch.dtype,
+    *,
+    held_out: bool = False,
 ) -> Iterator[Recorder]:
     """As `record`, but yields the recorder, whose `weight` a loop can set."""
     groups = groups_of(denoiser) if groups is None else groups
     if statistics is None:
         statistics = Statistics(type(denoiser).__name__, Probes(num_probes, seed))
     recorder = Recorder(statistics, seed=seed, tokens_per_sample=tokens_per_sample, dtype=dtype)
-    handles = [
-        denoiser.register_forward_pre_hook(_begin(recorder, denoiser), with_kwargs=True),
-        denoiser.register_forward_hook(lambda *_: recorder.end_call()),
-    ]
+    recorder.reservoir = _reservoir(statistics, held_out)
+    handles = [denoiser.register_forward_pre_hook(_begin(recorder, denoiser), with_kwargs=True)]
     try:
-        for group in _sources(groups):
-            handles.extend(HOOKS[group.kind](recorder, denoiser, group))
-        for block, output in {group.block: group.output for group in groups}.items():
-            handles.append(_hook_block(recorder, denoiser, block, output))
+        if not held_out:
+            handles.extend(_hook_layers(recorder, denoiser, groups))
         with torch.inference_mode():
             yield recorder
             recorder.flush()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _reservoir(statistics: Statistics, held_out: bool) -> Probes:
+    """Where inputs are kept: among the probes, unless those are of inputs that were held out."""
+    if held_out:
+        statistics.held_out = True
+    return statistics.seen if statistics.held_out and not held_out else statistics.probes
+
+
+def _hook_layers(recorder: Recorder, denoiser: nn.Module, groups: Sequence[Group]) -> list[Any]:
+    handles: list[Any] = [denoiser.register_forward_hook(lambda *_: recorder.end_call())]
+    for group in _sources(groups):
+        handles.extend(HOOKS[group.kind](recorder, denoiser, group))
+    for block, output in {group.block: group.output for group in groups}.items():
+        handles.append(_hook_block(recorder, denoiser, block, output))
+    return handles
 
 
 def _sources(groups: Sequence[Group]) -> list[Group]:

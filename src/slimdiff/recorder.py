@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slimdiff.decompose import LAGS, add_autocovariances
 from slimdiff.errors import SlimdiffError
+from slimdiff.probes import Probes
 from slimdiff.statistics import Statistics
 
 WIDE_BUDGET = 2**18
@@ -27,7 +28,7 @@ class Recorder:
     """Adds what passes through the hooked layers to `statistics`.
 
     `weight` multiplies everything that the next denoiser call adds; a calibration loop may set it
-    before each call (timestep weights).
+    before each call (timestep weights). `reservoir` keeps some of the inputs.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Recorder:
         self.tokens_per_sample = tokens_per_sample
         self.dtype = dtype
         self.weight = 1.0
+        self.reservoir: Probes | None = statistics.probes
         self._counting: Tensor | None = None  # (batch, tokens): which are no padding; None: all
         self._suspects: dict[str, Tensor] = {}
         self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
@@ -140,7 +142,8 @@ class Recorder:
         `mask_bt` (batch, tokens) is 0 for padding, which does not count.
         """
         self._counting = None if mask_bt is None or bool(mask_bt.all()) else mask_bt.bool()
-        self.statistics.probes.offer(arguments)
+        if self.reservoir is not None:
+            self.reservoir.offer(arguments)
 
     def end_call(self) -> None:
         """Count the call and refuse what was not finite in it.

@@ -12,23 +12,38 @@ that config.json holds under "slimdiff":
      "factored": {"<path of a linear or convolution>": rank},
      "fused_upsamplers": {"<path of an Upsample2D>": 2},
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}},
-     "constants": {"<path of a layer that was removed>": channels}}
+     "constants": {"<path of a layer that was removed>": channels},
+     "refit": {"layers": 40},
+     "healed": {"steps": 500}}
 
 qk and vo are channels per head of queries and keys, and of values. A layer that was removed puts
-out a constant. A fused upsampler convolves before it doubles. `convolutions`, `norms`, `factored`,
-`fused_upsamplers` and `constants` may be left out.
+out a constant. A fused upsampler convolves before it doubles. `refit` and `healed` say that weights
+were solved anew, or trained, afterwards, so that the maps no longer give them. `convolutions`,
+`norms`, `factored`, `fused_upsamplers`, `constants`, `refit` and `healed` may be left out.
+
+Saved, it is named by a hash of its content (`MODULE`): two releases live side by side in a process,
+and one release defines its classes once, however often it is loaded. Slim models can be pickled;
+another process finds their classes where slimdiff is installed or, of a model that diffusers loaded
+with this file, where diffusers' cache of modules is on `sys.path`: in workers that are spawned, or
+after `diffusers.utils.dynamic_modules_utils.init_hf_modules()`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
+import marshal
 import math
+import os
 import shutil
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +58,6 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 VERSION = 1
-MODULE = "slim_denoiser"
 PLAN_FILE = "slimdiff.json"
 MAPS_FILE = "slimdiff_maps.safetensors"
 MANIFEST_FILE = "slimdiff_manifest.json"
@@ -56,11 +70,39 @@ STOCK_PROCESSORS = (
 )
 """Processors that compute what `SlimAttnProcessor` computes, for equal widths."""
 
+REFUSAL = {
+    "quant_method": "none: slimdiff made the layers narrow, which this class does not know. Load "
+    "this very folder (no subfolder) with diffusers.AutoModel.from_pretrained(folder, "
+    "trust_remote_code=True) or slimdiff.load(folder), its pipeline with "
+    "DiffusionPipeline.from_pretrained(pipeline, trust_remote_code=True) or "
+    "slimdiff.load_pipeline(pipeline)",
+    "slimdiff": VERSION,
+}
+"""The quantization that a saved config tells of, for other classes than the slim one.
+
+The dense class would ignore an entry that it does not know, and make random layers where weights
+are missing. Of an unknown quantization it says the name, which is a sentence here, and loads
+nothing.
+"""
+
 DOUBLED_AT_ONCE = 2**25
 """Products of a fused upsampler that are in memory at once, unless one image has more."""
 
-_SOURCE = Path(__file__).read_bytes()
 _NOTHING = Tensor()
+
+
+def _digest(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()[:6]
+
+
+_STEM = __name__.rpartition(".")[2]
+MODULE = (
+    f"slim_denoiser_{_digest(Path(__file__).read_bytes())}" if _STEM == "slim_denoiser" else _STEM
+)
+"""What this file is called where it is saved, and the module that slim classes say they are of."""
+
+_FIRST = dict(vars(sys.modules[MODULE])) if MODULE in sys.modules else {}
+"""What the first run of this file in this process defined; see the end of the file."""
 
 
 class SlimConfigError(ValueError):
@@ -195,7 +237,7 @@ def _factor(layer: Any, rank: int) -> None:
     taps = (dense if projection is None else projection).shape[1:]
     if projection is not None and dense.shape[1] == rank:
         return
-    layer.weight = _empty_like(dense, (len(dense), rank, *[1] * (len(taps) - 1)))
+    layer.weight = _empty_like(dense, (dense.shape[0], rank, *[1] * (len(taps) - 1)))
     layer.register_parameter("projection", _empty_like(dense, (rank, *taps)))
     nn.init.normal_(layer.weight, std=rank**-0.5)  # the bias stays: others may share it
     nn.init.normal_(layer.projection, std=math.prod(taps) ** -0.5)
@@ -242,13 +284,15 @@ class FusedUpsample2D(Upsample2D):
         """From (n, c, height, width) to (n, c', 2 height, 2 width), or to `output_size`."""
         doubled = tuple(2 * side for side in hidden_states.shape[2:])
         other = output_size is not None and tuple(output_size) != doubled
-        if other or type(self.conv) not in DOUBLING.values():
+        if other or not getattr(type(self.conv), "doubles", False):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return self.conv(hidden_states, double=True)
 
 
 class DoublingConv2d(nn.Conv2d):
     """A 3 by 3 convolution that can double its input first, by nearest neighbours."""
+
+    doubles = True
 
     def forward(self, input: Tensor, double: bool = False) -> Tensor:
         """Convolve (n, in, height, width), doubled if so told."""
@@ -257,6 +301,8 @@ class DoublingConv2d(nn.Conv2d):
 
 class FactoredDoublingConv2d(FactoredConv2d):
     """The same, of low rank."""
+
+    doubles = True
 
     def forward(self, input: Tensor, double: bool = False) -> Tensor:
         """Convolve (n, in, height, width), doubled if so told."""
@@ -283,6 +329,8 @@ def _double(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernel = weight.permute(2, 3, 0, 1).reshape(9 * outputs, inputs, 1, 1)
     if bias is not None:  # every output pixel has the middle tap once
         bias = F.pad(bias, (4 * outputs, 4 * outputs))
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph is for any batch
+        return _double_rows(input, kernel, bias)
     rows = max(1, DOUBLED_AT_ONCE // (9 * outputs * input[0, 0].numel()))
     results = [_double_rows(own, kernel, bias) for own in input.split(rows)]
     return results[0] if len(results) == 1 else torch.cat(results)
@@ -292,7 +340,7 @@ def _double_rows(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """`_double` for some rows (n, in, height, width), by taps (9 * out, in, 1, 1)."""
     height, width = rows.shape[2:]
     taps = F.conv2d(rows, kernel, bias).unflatten(1, (3, 3, -1))
-    size = (len(rows), taps.shape[3], 2 * height, 2 * width)
+    size = (rows.shape[0], taps.shape[3], 2 * height, 2 * width)
     layout = torch.channels_last if _is_channels_last(rows) else torch.contiguous_format
     result = torch.empty(size, dtype=taps.dtype, device=taps.device, memory_format=layout)
     copies = result.unflatten(3, (width, 2)).unflatten(2, (height, 2))
@@ -371,8 +419,8 @@ def _untie(path: str, attn: Any, qk: int, vo: int) -> None:
     if type(attn) is Attention and processor in (*STOCK_PROCESSORS, SlimAttnProcessor.__name__):
         attn.__class__ = UntiedAttention
         attn.set_processor(SlimAttnProcessor())
-        return
     if type(attn) is UntiedAttention:
+        attn.qk_width, attn.vo_width = qk, vo
         return
     if getattr(attn, "fused_projections", False) or not hasattr(attn, "set_processor"):
         raise SlimConfigError(
@@ -382,7 +430,7 @@ def _untie(path: str, attn: Any, qk: int, vo: int) -> None:
         )
     attn.qk_width, attn.vo_width = qk, vo
     if not isinstance(attn, PaddedAttention):
-        attn.__class__ = _padded_class(type(attn))
+        attn.__class__ = _padded_class(attn.__class__)
         attn.set_processor(attn.processor)
 
 
@@ -416,11 +464,17 @@ def become_constant_(layer: nn.Module, constant: Tensor, path: str = "layer") ->
     for name in layer.REMOVED:  # type: ignore[union-attr]  # the classes in `CONSTANTS` have it
         setattr(layer, name, None)
     layer.constant = nn.Parameter(value, requires_grad=weight.requires_grad)
+    if isinstance(layer, ConstantAttention):
+        layer.was_self_attention = not layer.is_cross_attention
+        # Guidance that perturbs or skips self-attention takes the layers where this is False: it is
+        # to say that it finds none here, not to have no effect.
+        layer.is_cross_attention = True
 
 
 class ConstantAttention(Attention):
     """Attention that was removed: `constant` for every token. Its processor is never called."""
 
+    was_self_attention: bool
     REMOVED = ("to_q", "to_k", "to_v", "to_out")
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -467,34 +521,65 @@ def _spread(constant: Tensor, like: Tensor) -> Tensor:
     """`constant` (o,) for every token of `like` (n, tokens, c), or pixel of (n, c, h, w)."""
     constant = constant.to(like.dtype)
     if like.ndim == 4:
-        return constant[:, None, None].expand(len(like), -1, *like.shape[2:])
+        return constant[:, None, None].expand(like.shape[0], -1, *like.shape[2:])
     return constant.expand(*like.shape[:-1], -1)
+
+
+class RunTimeClass:
+    """Of classes that are made at run time: a pickle says what makes them, as no module has them.
+
+    `MADE` is a function of this file and the class that it was given.
+    """
+
+    MADE: tuple[Any, type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object, but for what gives its class."""
+        reduced = super().__reduce_ex__(protocol)
+        made = vars(type(self)).get("MADE")  # what others derive from it is theirs to import
+        return reduced if made is None else (_blank, made, *reduced[2:])
+
+
+def _blank(make: Any, base: type) -> Any:
+    kind = make(base)
+    return kind.__new__(kind)
 
 
 class UntiedAttention(Attention):
     """Attention whose values have another width than its queries and keys.
 
     The stock processors would take the channels of one value for those of several tokens, so
-    `SlimAttnProcessor` stays when one of them is chosen (sliced attention, xFormers).
+    `SlimAttnProcessor` stays when one of them is chosen (sliced attention, xFormers). Those of
+    perturbed attention guidance see padded projections, as in `PaddedAttention`.
     """
 
-    def set_processor(self, processor: Any) -> None:
-        """Set the processor.
+    qk_width: int
+    vo_width: int
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; a processor becomes one that fits.
 
         Raises:
-            ValueError: it is neither `SlimAttnProcessor` nor one that this stands in for.
+            ValueError: it is a processor that none here stands in for.
         """
-        name = type(processor).__name__
-        if name == SlimAttnProcessor.__name__:
-            super().set_processor(processor)
-        elif name not in STOCK_PROCESSORS:
-            raise ValueError(
-                f"{name} needs equal query-key and value widths, but this attention layer was "
-                f"slimmed untied; compress with tied widths to use it"
-            )
+        super().__setattr__(name, _for_untied(value) if name == "processor" else value)
 
 
-class PaddedAttention:
+def _for_untied(processor: Any) -> Any:
+    name = type(processor).__name__
+    if name == SlimAttnProcessor.__name__ or hasattr(type(processor), "pads"):
+        return processor
+    if name in STOCK_PROCESSORS:
+        return SlimAttnProcessor()
+    if name.startswith("PAG"):
+        return _padding(processor)
+    raise ValueError(
+        f"{name} needs equal query-key and value widths, but this attention layer was "
+        f"slimmed untied; compress with tied widths to use it"
+    )
+
+
+class PaddedAttention(RunTimeClass):
     """Attention whose processor is led to believe that all widths are equal.
 
     Processors of transformers (joint attention, rotary positions, normalised queries) take one
@@ -505,9 +590,9 @@ class PaddedAttention:
     qk_width: int
     vo_width: int
 
-    def set_processor(self: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
-        """Set a processor, which will see padded projections."""
-        super().set_processor(_padding(processor), *args, **kwargs)  # type: ignore[misc]  # a mixin
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; a processor becomes one that sees padded projections."""
+        super().__setattr__(name, _padding(value) if name == "processor" else value)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; a layer without an output projection returns narrow values."""
@@ -576,27 +661,27 @@ _PROJECTIONS = {
 
 def _padding(processor: Any) -> Any:
     """The processor, for layers that it sees through `_Padded`."""
-    stock = type(processor)
-    if hasattr(stock, "pads"):
+    if hasattr(type(processor), "pads"):
         return processor
+    padding, stock = copy.copy(processor), processor.__class__
+    padding.__class__ = _padding_class(stock)
+    return padding
 
+
+@functools.cache
+def _padding_class(stock: Any) -> type:
     @functools.wraps(stock.__call__)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return stock.__call__(self, _Padded(attn), *args, **kwargs)
 
-    padding = copy.copy(processor)
-    padding.__class__ = type(f"Padding{stock.__name__}", (stock,), {"__call__": call, "pads": True})
-    return padding
+    members = {"__module__": MODULE, "MADE": (_padding_class, stock), "__call__": call}
+    return type(f"Padding{stock.__name__}", (RunTimeClass, stock), members | {"pads": True})
 
 
-def _padded_class(base: type) -> type:
-    members = {"__module__": MODULE}
-    return _PADDED.setdefault(
-        base, type(f"Padded{base.__name__}", (PaddedAttention, base), members)
-    )
-
-
-_PADDED: dict[type, type] = {}
+@functools.cache
+def _padded_class(base: Any) -> type:
+    members = {"__module__": MODULE, "MADE": (_padded_class, base)}
+    return type(f"Padded{base.__name__}", (PaddedAttention, base), members)
 
 
 class SlimAttnProcessor:
@@ -659,10 +744,12 @@ def _attend(attn: Any, states: Tensor, context: Tensor, mask: Tensor | None) -> 
     return output[..., : value.shape[-1]].transpose(1, 2).flatten(2).to(query.dtype)
 
 
-class SlimMixin:
-    """What slim classes add to diffusers: a checked config, and files beside the weights."""
+class SlimMixin(RunTimeClass):
+    """What slim classes add to diffusers: a checked config, files beside the weights, and blocks of
+    unlike widths that are compiled, and shared among ranks, by their widths."""
 
     _auto_class = "AutoModel"
+    _repeated_blocks: list[str]
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -673,9 +760,49 @@ class SlimMixin:
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]  # a mixin
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.pop("auto_map", None)
+        _forget_how_to_load(config)
         check_slim(config.get("slimdiff"), str(pretrained_model_name_or_path))
         return loaded
+
+    @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers."""
+        if isinstance(config, dict):
+            config = dict(config)
+            _forget_how_to_load(config)
+        return super().from_config(config, *args, **kwargs)  # type: ignore[misc]  # a mixin
+
+    def to_json_string(self: Any) -> str:
+        """As in diffusers; the config that is saved makes the dense class refuse to read it."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]  # a mixin
+        config.setdefault("quantization_config", REFUSAL)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def compile_repeated_blocks(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; blocks of unlike widths are compiled apart.
+
+        Dynamo counts recompilations of a function, and gives it up beyond 8. Each kind of blocks
+        runs through a function of its own, so that no width uses up what others may need.
+        """
+        kinds: dict[Any, list[nn.Module]] = {}
+        for block in self.modules():
+            if type(block).__name__ in self._repeated_blocks:
+                kinds.setdefault(_kind_of(block), []).append(block)
+        if not kinds:
+            super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]  # says what is missing
+        for number, blocks in enumerate(kinds.values()):
+            compiled = torch.compile(_caller(number), *args, **kwargs)
+            for block in blocks:
+                block._compiled_call_impl = types.MethodType(compiled, block)  # as `block.compile`
+
+    def enable_parallelism(self: Any, *, config: Any, **kwargs: Any) -> None:
+        """As in diffusers, where the heads of every layer can be shared among the ranks.
+
+        Raises:
+            ValueError: they cannot; names a layer.
+        """
+        _refuse_uneven_heads(self.config["slimdiff"] or {"attentions": {}}, config)
+        super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]  # a mixin
 
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(
@@ -689,13 +816,80 @@ class SlimMixin:
         if not is_main_process:
             return
         folder = Path(save_directory)
-        (folder / f"{MODULE}.py").write_bytes(_SOURCE)
+        write_module(folder)
         _save_record(self, folder)
         write_manifest(folder)
         if push:
             kept = ("safe_serialization", "variant")
             upload |= {name: kwargs[name] for name in kept if name in kwargs}
             self.push_to_hub(**{"repo_id": folder.name, **upload})
+
+
+def _forget_how_to_load(config: dict[str, Any]) -> None:
+    """Drop, in place, what tells others how a folder is loaded."""
+    config.pop("auto_map", None)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and "slimdiff" in quantization:
+        del config["quantization_config"]
+
+
+def _kind_of(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that compile to the same graph: layers, shapes and settings."""
+    kind: list[Any] = [type(block)]
+    for path, layer in block.named_modules():
+        known = {k: v for k, v in vars(layer).items() if isinstance(v, (int, float, str))}
+        kind += [path, type(layer), type(getattr(layer, "processor", None)), *known.items()]
+    kind += [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+    return tuple(kind)
+
+
+def _caller(number: int) -> Any:
+    """A function that calls a block. Each has code of its own, which is what dynamo counts by."""
+
+    def call(block: Any, *args: Any, **kwargs: Any) -> Any:
+        return block._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{number}")
+    return call
+
+
+def _refuse_uneven_heads(slim: dict[str, Any], config: Any) -> None:
+    """Raise where ranks cannot have equally many heads of a layer, as their exchange takes."""
+    context = getattr(config, "context_parallel_config", config)
+    tensor = getattr(config, "tensor_parallel_config", config)
+    even = not getattr(context, "ulysses_anything", False)
+    ranks = int((even and getattr(context, "ulysses_degree", None)) or 1)
+    ranks = max(ranks, int(getattr(tensor, "tp_degree", None) or 1))
+    for path, sizes in slim["attentions"].items():
+        if sizes["heads"] % ranks:
+            raise ValueError(
+                f"{path}: has {sizes['heads']} heads, which {ranks} ranks cannot share equally; "
+                f"compress with head_multiple={ranks}, or use as many ranks as divide them"
+            )
+
+
+def write_module(folder: Path) -> None:
+    """Write this file into a slim folder, in the place of another release's."""
+    for path in folder.glob("slim_denoiser*.py"):
+        path.unlink()
+    (folder / f"{MODULE}.py").write_bytes(_source())
+
+
+def _source() -> bytes:
+    """This file as it ran; of one that was altered, as it is now.
+
+    Another process that loads it copies over it: what does not fit the name is read again.
+    """
+    for _ in range(20):
+        source = Path(__file__).read_bytes()
+        if _is_own(source):
+            break
+        time.sleep(0.05)
+    return source
+
+
+def _is_own(source: bytes) -> bool:
+    return MODULE == f"slim_denoiser_{_digest(source)}"
 
 
 def _save_record(model: Any, folder: Path) -> None:
@@ -749,10 +943,19 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-_CLASSES: dict[type, type] = {}
+REPEATED_BLOCKS = {
+    "CogVideoXTransformer3DModel": ["CogVideoXBlock"],
+    "ControlNetModel": ["BasicTransformerBlock"],
+    "DiTTransformer2DModel": ["BasicTransformerBlock"],
+    "HunyuanDiT2DModel": ["HunyuanDiTBlock"],
+    "PixArtTransformer2DModel": ["BasicTransformerBlock"],
+    "SanaTransformer2DModel": ["SanaTransformerBlock"],
+    "SD3Transformer2DModel": ["JointTransformerBlock"],
+}
+"""Blocks that are compiled one by one, of classes for which diffusers names none."""
 
 
-def slim_class(base: type) -> type:
+def slim_class(base: Any) -> type:
     """The slim subclass of a diffusers model class, always the same one; a slim class is its own.
 
     Raises:
@@ -762,15 +965,21 @@ def slim_class(base: type) -> type:
         return base
     if not issubclass(base, ModelMixin):
         raise TypeError(f"{base.__name__} is not a diffusers model class")
-    if base not in _CLASSES:
-        # diffusers records this module name in model_index.json, and looks for its file by it.
-        members = {
-            "__module__": MODULE,
-            "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
-            "__init__": _init_of(base),
-        }
-        _CLASSES[base] = type(f"Slim{base.__name__}", (SlimMixin, base), members)
-    return _CLASSES[base]
+    return _slim_class(base)
+
+
+@functools.cache
+def _slim_class(base: Any) -> type:
+    # diffusers records this module name in model_index.json, and looks for its file by it.
+    members = {
+        "__module__": MODULE,
+        "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
+        "__init__": _init_of(base),
+        "MADE": (_slim_class, base),
+        "_repeated_blocks": getattr(base, "_repeated_blocks", None)
+        or REPEATED_BLOCKS.get(base.__name__, []),
+    }
+    return type(f"Slim{base.__name__}", (SlimMixin, base), members)
 
 
 def _init_of(base: Any) -> Any:
@@ -801,5 +1010,34 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Slim classes say that they come from `slim_denoiser`: let that name be found.
+def _keep_bytecode(code: types.CodeType) -> None:
+    """Have Python load this file's bytecode from now on without looking at the file (PEP 552).
+
+    diffusers copies the file over itself each time it loads it, without a lock: another process
+    that reads it meanwhile finds it empty.
+
+    Raises:
+        ImportError: what ran was kept so, but the file was altered since.
+    """
+    path = Path(importlib.util.cache_from_source(__file__))
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+    kept, source = path.is_file() and path.read_bytes().startswith(header), _source()
+    if kept and not _is_own(source) and source.endswith(LAST_LINE):  # no copy that is under way
+        path.unlink(missing_ok=True)
+        raise ImportError(f"{__file__}: was altered since it was first loaded; run this again")
+    if not kept and _is_own(source):
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.parent.mkdir(exist_ok=True)
+        new.write_bytes(header + importlib.util.source_hash(MODULE.encode()) + marshal.dumps(code))
+        os.replace(new, path)
+
+
+LAST_LINE = b"sys.modules.setdefault(MODULE, sys.modules[__name__])\n"
+
+# The last lines, so that the file is whole when they run. diffusers runs it at every load, in the
+# module of the run before if there is one: what was defined first stays, since models of it live.
+if __name__.startswith("diffusers_modules.") and _STEM.startswith("slim_denoiser_"):
+    with contextlib.suppress(OSError):  # a cache that cannot be written
+        _keep_bytecode(sys._getframe().f_code)
+globals().update({name: own for name, own in _FIRST.items() if not name.startswith("__")})
 sys.modules.setdefault(MODULE, sys.modules[__name__])

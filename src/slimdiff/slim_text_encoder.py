@@ -11,15 +11,26 @@ It needs torch and transformers alone. For a model class X of transformers with 
      "attentions": {"<path of an attention layer>": {"heads": 8, "qk": 24, "vo": 24}}}
 
 qk and vo are channels per head of queries and keys, and of values; both are the same.
+
+Saved, it is named by a hash of its content (`MODULE`): two releases live side by side in a process,
+and one release defines its classes once, however often it is loaded. Slim models can be pickled;
+another process finds their classes where slimdiff is installed, or where the cache of modules that
+this file was loaded from is on `sys.path`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
+import marshal
+import os
 import shutil
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +40,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 VERSION = 1
-MODULE = "slim_text_encoder"
 PLAN_FILE = "slimdiff.json"
 MAPS_FILE = "slimdiff_maps.safetensors"
 MANIFEST_FILE = "slimdiff_manifest.json"
@@ -48,7 +58,21 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 }
 """Class of an attention layer -> attribute -> what it is for h heads of width w."""
 
-_SOURCE = Path(__file__).read_bytes()
+
+def _digest(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()[:6]
+
+
+_STEM = __name__.rpartition(".")[2]
+MODULE = (
+    f"slim_text_encoder_{_digest(Path(__file__).read_bytes())}"
+    if _STEM == "slim_text_encoder"
+    else _STEM
+)
+"""What this file is called where it is saved, and the module that slim classes say they are of."""
+
+_FIRST = dict(vars(sys.modules[MODULE])) if MODULE in sys.modules else {}
+"""What the first run of this file in this process defined; see the end of the file."""
 
 
 class SlimConfigError(ValueError):
@@ -176,6 +200,14 @@ def _set_widths(path: str, attention: nn.Module, heads: int, qk: int, vo: int) -
 class SlimTextMixin:
     """What slim classes add to transformers: narrow layers, and files beside the weights."""
 
+    MADE: tuple[Any, type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object, but for its class, which no module has: a pickle says what makes it."""
+        reduced = super().__reduce_ex__(protocol)
+        made = vars(type(self)).get("MADE")  # what others derive from it is theirs to import
+        return reduced if made is None else (_blank, made, *reduced[2:])
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # a mixin
         slim = getattr(config, "slimdiff", None)
@@ -193,11 +225,40 @@ class SlimTextMixin:
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]  # a mixin
         if not is_main_process:
             return
-        (folder / f"{MODULE}.py").write_bytes(_SOURCE)
+        write_module(folder)
         _save_record(self, source, folder)
         write_manifest(folder)
         if push:
             self.push_to_hub(kwargs.get("repo_id", folder.name), token=kwargs.get("token"))
+
+
+def _blank(make: Any, base: type) -> Any:
+    kind = make(base)
+    return kind.__new__(kind)
+
+
+def write_module(folder: Path) -> None:
+    """Write this file into a slim folder, in the place of another release's."""
+    for path in folder.glob("slim_text_encoder*.py"):
+        path.unlink()
+    (folder / f"{MODULE}.py").write_bytes(_source())
+
+
+def _source() -> bytes:
+    """This file as it ran; of one that was altered, as it is now.
+
+    Another process that loads it copies over it: what does not fit the name is read again.
+    """
+    for _ in range(20):
+        source = Path(__file__).read_bytes()
+        if _is_own(source):
+            break
+        time.sleep(0.05)
+    return source
+
+
+def _is_own(source: bytes) -> bool:
+    return MODULE == f"slim_text_encoder_{_digest(source)}"
 
 
 def _save_record(model: Any, source: Path, folder: Path) -> None:
@@ -239,10 +300,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-_CLASSES: dict[type, type] = {}
-
-
-def slim_class(base: type) -> Any:
+def slim_class(base: Any) -> Any:
     """The slim subclass of a transformers model class, always the same; a slim class is its own.
 
     Raises:
@@ -252,14 +310,18 @@ def slim_class(base: type) -> Any:
         return base
     if not issubclass(base, PreTrainedModel) or getattr(transformers, base.__name__, None) != base:
         raise TypeError(f"{base.__name__} is not a model class of transformers")
-    if base not in _CLASSES:
-        # diffusers records this module name in model_index.json, and looks for its file by it.
-        members = {
-            "__module__": MODULE,
-            "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
-        }
-        _CLASSES[base] = type(f"Slim{base.__name__}", (SlimTextMixin, base), members)
-    return _CLASSES[base]
+    return _slim_class(base)
+
+
+@functools.cache
+def _slim_class(base: Any) -> Any:
+    # diffusers records this module name in model_index.json, and looks for its file by it.
+    members = {
+        "__module__": MODULE,
+        "__doc__": f"{base.__name__} with the widths of its config's `slimdiff` entry.",
+        "MADE": (_slim_class, base),
+    }
+    return type(f"Slim{base.__name__}", (SlimTextMixin, base), members)
 
 
 def __getattr__(name: str) -> Any:
@@ -270,5 +332,34 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Slim classes say that they come from `slim_text_encoder`: let that name be found.
+def _keep_bytecode(code: types.CodeType) -> None:
+    """Have Python load this file's bytecode from now on without looking at the file (PEP 552).
+
+    diffusers copies the file over itself each time it loads it, without a lock: another process
+    that reads it meanwhile finds it empty.
+
+    Raises:
+        ImportError: what ran was kept so, but the file was altered since.
+    """
+    path = Path(importlib.util.cache_from_source(__file__))
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+    kept, source = path.is_file() and path.read_bytes().startswith(header), _source()
+    if kept and not _is_own(source) and source.endswith(LAST_LINE):  # no copy that is under way
+        path.unlink(missing_ok=True)
+        raise ImportError(f"{__file__}: was altered since it was first loaded; run this again")
+    if not kept and _is_own(source):
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.parent.mkdir(exist_ok=True)
+        new.write_bytes(header + importlib.util.source_hash(MODULE.encode()) + marshal.dumps(code))
+        os.replace(new, path)
+
+
+LAST_LINE = b"sys.modules.setdefault(MODULE, sys.modules[__name__])\n"
+
+# The last lines, so that the file is whole when they run. diffusers runs it at every load, in the
+# module of the run before if there is one: what was defined first stays, since models of it live.
+if __name__.startswith("diffusers_modules.") and _STEM.startswith("slim_text_encoder_"):
+    with contextlib.suppress(OSError):  # a cache that cannot be written
+        _keep_bytecode(sys._getframe().f_code)
+globals().update({name: own for name, own in _FIRST.items() if not name.startswith("__")})
 sys.modules.setdefault(MODULE, sys.modules[__name__])

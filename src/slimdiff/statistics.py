@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from slimdiff.errors import SlimdiffError
-from slimdiff.probes import Probe, Probes
+from slimdiff.probes import Probes
 from slimdiff.statistics_file import SUM, VERSION, WEIGHTS_FILE, StoredSums, read_header
 
 SUMMARY_FILE = "statistics.json"
+SEEN_POINTS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ class Statistics:
         denoiser: class name of the denoiser.
         sums: name -> weighted sum, float64 or float32.
         weights: name -> sum of the weights: tokens that entered, times their timestep weight.
-        probes: inputs of the denoiser, kept to measure errors on.
+        probes: inputs of the denoiser, kept to measure errors on; where prompts were held out, of
+            these alone.
+        seen: a few inputs that the sums are of, where prompts were held out, to tell how much less
+            is lost there.
+        held_out: whether the probes are of prompts that the sums are not of.
         calls: denoiser calls seen.
         batches: calibration batches finished.
         source: what identifies the run that is being resumed (prompts, configuration).
@@ -54,6 +59,8 @@ class Statistics:
     calls: int = 0
     batches: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    seen: Probes = field(default_factory=lambda: Probes(SEEN_POINTS))
+    held_out: bool = False
 
     def add(self, name: str, total: Tensor, weight: float) -> None:
         """Add a sum and its weight to what `name` holds."""
@@ -191,11 +198,12 @@ class Statistics:
             merged.calls += part.calls
             merged.batches += part.batches
         probes.merge(part.probes for part in parts)
+        merged.seen.merge(part.seen for part in parts)
+        merged.held_out = all(part.held_out for part in parts)
         _warn_of_other_sampling(parts)
         return merged
 
     def _header(self) -> dict[str, Any]:
-        probes = {key: probe.constants for key, probe in self.probes.rows.items()}
         return {
             "version": VERSION,
             "denoiser": self.denoiser,
@@ -203,28 +211,22 @@ class Statistics:
             "batches": self.batches,
             "source": self.source,
             "weights": self.weights,
-            "probes": {
-                "capacity": self.probes.capacity,
-                "seed": self.probes.seed,
-                "constants": probes,
-            },
+            "probes": self.probes.described(),
+            "seen": self.seen.described(),
+            "held_out": self.held_out,
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"{SUM}{name}": total.contiguous() for name, total in self.sums.items()}
-        for key, probe in self.probes.rows.items():
-            for path, tensor in probe.tensors.items():
-                tensors[f"probe/{key}/{path}"] = tensor.contiguous()
+        for name in ("probes", "seen"):
+            for key, probe in getattr(self, name).rows.items():
+                own = {f"{name}/{key}/{p}": t.contiguous() for p, t in probe.tensors.items()}
+                tensors |= own
         return tensors
 
     @classmethod
     def _from(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Statistics:
-        kept = header["probes"]
-        probes = Probes(kept["capacity"], kept["seed"])
-        for key, constants in kept["constants"].items():
-            prefix = f"probe/{key}/"
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            probes.rows[key] = Probe(key, own, constants)
+        probes, seen = (Probes.restored(header[name], name, tensors) for name in ("probes", "seen"))
         sums = {n.removeprefix(SUM): t for n, t in tensors.items() if n.startswith(SUM)}
         return cls(
             denoiser=header["denoiser"],
@@ -234,6 +236,8 @@ class Statistics:
             calls=header["calls"],
             batches=header["batches"],
             source=header["source"],
+            seen=seen,
+            held_out=header["held_out"],
         )
 
 

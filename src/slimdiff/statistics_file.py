@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimdiff.errors import SlimdiffError
 
-VERSION = 1
+VERSION = 2
 WEIGHTS_FILE = "statistics.safetensors"
 SUM = "sum/"
 """Begins the names of sums in the file."""

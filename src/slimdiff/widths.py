@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slimdiff.budget import Budget
+from slimdiff.budget import Budget, Saving
 from slimdiff.bundles import Allocation
+from slimdiff.choosing import best_of
 from slimdiff.composition import earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curve_file import CurveFile
@@ -18,7 +20,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.frontier import Frontier, frontier
 from slimdiff.heads import measure_heads
-from slimdiff.jobs import Job, as_fast, as_good, best_of
+from slimdiff.jobs import Job, as_fast, as_good
 from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit
 from slimdiff.prices import remaining, smallest_count
@@ -72,9 +74,11 @@ def allocate(
     tied: bool = True,
     multiple: int = 8,
     temperature: float = 0.3,
+    head_multiple: int = 1,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
+    saving: Saving | None = None,
     timed_rows: int = 2,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -82,26 +86,24 @@ def allocate(
     """A width for every group under `budget`; the denoiser is not changed.
 
     Args:
-        denoiser: of a known family, dense or slim already.
-        statistics: recorded from it.
+        denoiser, statistics: of a known family, dense or slim already; recorded from it.
         budget: what the whole denoiser may hold, in shares of what it holds now: never exceeded,
             met within one width step; or how fast it is to be, or what it may lose: plans are then
             measured and made again.
-        recipe: `slimdiff`, `paper` or `magnitude`: how groups are decomposed.
-        allocation: `probed`, `entropic`, `uniform` or `threshold`; by default the recipe's own.
-        tied: the two halves of an attention layer share one width, which keeps the stock
-            attention processors; untied layers use slimdiff's own processor.
+        recipe, allocation: `slimdiff`, `paper` or `magnitude`: how groups are decomposed; `probed`,
+            `entropic`, `uniform` or `threshold`, by default the recipe's own.
+        tied: both halves of an attention layer share one width, which keeps stock processors.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
-        remove_layers: let whole layers go, and put out their mean, and whole heads, where the
-            probed allocation finds that best on the probes; statistics without means keep all
-            layers.
-        layers: what may shrink: some of `attention`, `feed_forward` and `resnet`; by default all
-            that the recipe knows (`paper` and `magnitude` leave ResNets alone).
+        head_multiple: where heads go, as many stay as divide by this: the number of ranks that
+            share the heads of a layer (Ulysses, tensor parallelism).
+        remove_layers: let whole layers go, and put out their mean, and whole heads, where that is
+            best on the probes.
+        layers: what may shrink, such as `attention`; by default all that the recipe knows.
         curves: from `measure_curves`; measured here if not given.
-        timed_rows: rows of the call whose time is budgeted, at most as many as there are probes;
-            two is one image with guidance.
-        folder: where a profile of the layers' times is kept, for budgets that are a time.
+        saving: how it will be saved, if not as it stands; budgets of memory count so.
+        timed_rows: rows of the call whose time is budgeted; two is one image with guidance.
+        folder: where a profile of the layers' times is kept.
         progress: called with (stage, groups done, groups in all).
 
     Raises:
@@ -110,17 +112,18 @@ def allocate(
     """
     earlier_record(denoiser)
     chosen = recipe_named(recipe)
-    settings = Allocation(allocation or chosen.allocation, tied, multiple, temperature)
+    how = (allocation or chosen.allocation, tied, multiple, temperature)
+    settings = Allocation(*how, head_multiple=head_multiple)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
         curves = measure_curves(
             denoiser, statistics, recipe, allocation, layers=layers, progress=progress
         )
-    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
+    job = Job(denoiser, statistics, budget, chosen, settings, layers, curves, saving)
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":
         job, fit = as_fast(job, timed_rows, folder, progress)
-    return best_of(job, fit) if remove_layers else fit(job)
+    return best_of(job, fit, remove=remove_layers, progress=progress)
 
 
 def frontier_of(
@@ -159,7 +162,7 @@ def frontier_of(
     job = Job(denoiser, statistics, budget, chosen, settings, layers, curves)
     return frontier(
         lambda limit: job.plan(limit=limit),
-        job.lost,
+        functools.partial(job.lost, guided=True),
         remaining(job.costs, metric),
         smallest_count(job.groups, job.costs, metric, chosen, settings),
         metric,

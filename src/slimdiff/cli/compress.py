@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ and seed too) are the same.
 
 A pipeline that is slim already can be slimmed again; shares are then of what it has by now.
 
+With `--heal MINUTES` the slim denoiser is trained afterwards to predict what the dense one does
+for these prompts, along trajectories that the dense pipeline samples; one prompt in ten is held out
+to judge by. It stops by itself when the error no longer falls, and keeps the best weights.
+
 An earlier slim pipeline in OUT is replaced once the new one is complete; other folders are refused.
 
 **Examples**
@@ -42,6 +46,7 @@ An earlier slim pipeline in OUT is replaced once the new one is complete; other 
 - `slimdiff compress ./model --prompts captions.txt --macs 0.6 -o m6 --statistics m7.statistics`
 - `slimdiff compress ./model --prompts captions.txt --speedup 1.5`
 - `slimdiff compress ./model --prompts captions.txt --quality 1e-3`
+- `slimdiff compress ./model --prompts captions.txt --macs 0.5 --heal 30`
 - `slimdiff compress owner/name --prompts captions.txt --macs 0.7 -o slim --device cuda`
 - `slimdiff compress ./model --prompts captions.txt --component text_encoder --params 0.7 -o out`
 - `slimdiff compress ./model --prompts captions.txt --plan slim/unet/slimdiff.json -o edited`
@@ -69,7 +74,10 @@ def compress(
     multiple: own.Multiple = 8,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
-    num_prompts: own.NumPrompts = 128,
+    refit: own.Refit = None,
+    heal: own.Heal = None,
+    num_prompts: own.NumPrompts = 256,
+    steps_per_prompt: own.StepsPerPrompt = 5,
     timestep_weights: own.Weights = "uniform",
     num_probes: own.NumProbes = 32,
     statistics: own.Checkpoint = None,
@@ -90,21 +98,21 @@ def compress(
     """The main job; `HELP` is what the command line shows."""
     where = models.source(model)
     out = _usable(where, out or Path(f"{where.name}-slim"), component)
-    budgets = (params, macs, remove, memory, speedup, latency, quality)
-    allocation = allocation or ("uniform" if low_memory else None)
     choices = (recipe, allocation, untied, multiple, temperature, component)
-    job = _how(plan, budgets, layers, *choices)
+    budgets = (params, macs, remove, memory, speedup, latency, quality)
+    job = _how(plan, budgets, layers, *choices, low_memory=low_memory)
+    job |= {"heal": heal, "refit": refit}
     if low_memory:
         return _stream(where, out, statistics, job, variant)
     call = models.sampling(where, guidance, text_tokens)
     call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
     call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
-    config = CalibrationConfig(num_inference_steps=steps, **call)
+    call |= {"num_inference_steps": steps, "steps_per_prompt": steps_per_prompt}
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     checkpoint = statistics or outcome.beside(out, "statistics")
+    job |= {"config": CalibrationConfig(**call), "remove_layers": remove_layers}
     page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
-    more = {"config": config, "checkpoint": checkpoint, "remove_layers": remove_layers}
-    job |= more | (page if report else {})
+    job |= {"checkpoint": checkpoint} | (page if report else {})
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, checkpoint, where.name if report else None)
 
@@ -114,12 +122,19 @@ def _run(
 ) -> Plan:
     """Load, compress, save."""
     from slimdiff import pipeline
+    from slimdiff.cli import saving
+    from slimdiff.denoiser import component_of
+    from slimdiff.stored import saving_of
 
     pipe, variant = models.load(where, **loading), loading["variant"]
-    stored = models.stored_dtypes(where, pipe, variant) if loading["dtype"] == "auto" else {}
+    origins, keep = saving.folders(where, pipe, variant), loading["dtype"] == "auto"
+    name, module = component_of(pipe, job["component"])
+    if name in origins:
+        found = saving_of(module, origins[name], variant)
+        job["saving"] = found if keep else replace(found, dtypes={})
     with console.Bars() as bars:
         done = pipeline.compress(pipe, texts, **job, progress=bars)
-    _save(pipe, out, stored, variant)
+    saving.save(pipe, out, origins if keep else {}, variant, name)
     return done
 
 
@@ -139,7 +154,11 @@ def _stream(
         raise SlimdiffError(f"{where.path}: --low-memory reads a folder; download the model first")
     if job["component"] in ENCODERS:
         raise SlimdiffError("--low-memory is for denoisers; leave it out for a text encoder")
-    unknown = ("temperature", "component")
+    if job["heal"] is not None:
+        raise SlimdiffError("--low-memory runs nothing, so nothing can be healed: leave out --heal")
+    if job["refit"]:
+        raise SlimdiffError("--low-memory runs nothing, so nothing can be refit: leave out --refit")
+    unknown = ("temperature", "component", "heal", "refit")
     job = {name: value for name, value in job.items() if name not in unknown}
     with console.Bars() as bars:
         more = job | {"variant": variant, "progress": bars}
@@ -157,13 +176,14 @@ def _how(
     multiple: int,
     temperature: float,
     component: str | None,
+    *,
+    low_memory: bool,
 ) -> dict[str, Any]:
     """Arguments of `slimdiff.compress`, checked before anything is loaded."""
     from slimdiff.bundles import Allocation
 
-    chosen = Allocation(
-        allocation or recipe_named(recipe).allocation, not untied, multiple, temperature
-    )
+    own_choice = "uniform" if low_memory else recipe_named(recipe).allocation
+    chosen = Allocation(allocation or own_choice, not untied, multiple, temperature)
     given = dict(zip((field.name for field in fields(Budget)), budgets, strict=True))
     if plan is not None and any(given.values()):
         raise SlimdiffError("--plan has widths already: give either --plan or a budget")
@@ -193,12 +213,3 @@ def _usable(where: models.Source, out: Path, component: str | None) -> Path:
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SlimdiffError(f"--out {out}: exists and is no pipeline; name another folder")
     return out
-
-
-def _save(pipe: Any, out: Path, stored: dict[str, Any], variant: str | None) -> None:
-    """Save with the 16-bit dtypes that components had on disk."""
-    from slimdiff.checkpoint import save_pipeline
-
-    for name, kind in stored.items():
-        getattr(pipe, name).to(kind)
-    save_pipeline(pipe, out, variant=variant)

@@ -69,8 +69,32 @@ RemoveLayers = Annotated[
         "--remove-layers/--keep-layers",
     ),
 ]
+Refit = Annotated[
+    bool | None,
+    recipe(
+        "Solve weights anew on the slim model's own inputs, so that each layer mends what was lost "
+        "before it. Default: if held-out prompts lose more than 1e-4.",
+        "--refit/--no-refit",
+    ),
+]
+Heal = Annotated[
+    float | None,
+    recipe(
+        "Minutes to train the slim denoiser for afterwards, so that it predicts what the dense one "
+        "does for the same prompts; needs no images, and memory for both. Default: not at all.",
+        "--heal",
+    ),
+]
 NumPrompts = Annotated[
     int, calibration("How many prompts to use, from the start of the file.", "--num-prompts")
+]
+StepsPerPrompt = Annotated[
+    int,
+    calibration(
+        "Denoising steps that most prompts run through: more prompts say more than more steps of "
+        "each. Held-out prompts, and one batch in 16, run through all --steps.",
+        "--steps-per-prompt",
+    ),
 ]
 Weights = Annotated[
     str,
@@ -79,7 +103,8 @@ Weights = Annotated[
 NumProbes = Annotated[
     int,
     calibration(
-        "Denoiser inputs kept: half to choose widths by, half to judge by.", "--num-probes"
+        "Points of held-out trajectories kept: half to choose widths by, half to judge by.",
+        "--num-probes",
     ),
 ]
 Checkpoint = Annotated[

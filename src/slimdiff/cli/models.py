@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,7 @@ def load(where: Source, dtype: str, device: str, variant: str | None = None) -> 
         SlimdiffError: it cannot be loaded; an unknown dtype or device.
     """
     place = _device(device)
-    kind = _dtype(dtype, place)
+    kind = _dtype(dtype, place, where, variant)
     console.quiet_libraries()
     from slimdiff.checkpoint import load_pipeline
 
@@ -87,44 +86,13 @@ def load(where: Source, dtype: str, device: str, variant: str | None = None) -> 
     return pipe.to(place)
 
 
-def stored_dtypes(where: Source, pipe: Any, variant: str | None) -> dict[str, Any]:
-    """Component name -> 16-bit dtype that its weights have on disk; wider ones are left out.
-
-    So is what loads as float32 by its own configuration, as text encoders may: in float16 it would
-    no longer fit a denoiser that is loaded without a dtype.
-    """
-    from torch import nn
-
-    stored = {}
-    for name, module in pipe.components.items():
-        if isinstance(module, nn.Module):
-            folder = Path(where.path) / name
-            if not folder.is_dir():  # a hub id: diffusers remembers where its copy is
-                folder = Path(str(getattr(module.config, "_name_or_path", "")) or "missing")
-            files = sorted(folder.glob("*.safetensors"))
-            narrow = _narrow_dtype([f for f in files if f".{variant}" in f.name] or files)
-            if narrow is not None and _named_dtype(folder) != "float32":
-                stored[name] = narrow
-    return stored
-
-
-def _named_dtype(folder: Path) -> str | None:
-    """The dtype that a component's configuration says it is loaded in; diffusers' say none."""
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("dtype") if file.is_file() else None
-
-
-def _narrow_dtype(files: list[Path]) -> Any:
-    import torch
-    from safetensors import safe_open
-
-    for path in files[:1]:
-        with safe_open(path, framework="pt") as file:
-            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
-        for kind, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
-            if kind in kinds and "F32" not in kinds:
-                return dtype
-    return None
+def folder_of(where: Source, name: str, module: Any) -> Path:
+    """The folder of one component; of a hub id the copy that diffusers remembers."""
+    folder = Path(where.path) / name
+    if folder.is_dir():
+        return folder
+    origin = Path(str(getattr(module.config, "_name_or_path", "")) or "missing")
+    return origin / name if (origin / name).is_dir() else origin
 
 
 def sampling(
@@ -168,7 +136,7 @@ def prompts(where: Source, path: Path | None, n: int | None, split: str) -> list
     if not where.bundled or n is None:
         raise SlimdiffError(
             f"{where.name}: give --prompts FILE, one prompt per line, of the kind that the model "
-            f"will be used for; a hundred are enough"
+            f"will be used for; a few hundred are enough"
         )
     from slimdiff.reference.references import reference
 
@@ -199,11 +167,23 @@ def _device(device: str) -> Any:
         raise SlimdiffError(f"--device {device}: {first}; --device cpu always works") from error
 
 
-def _dtype(dtype: str, device: Any) -> Any:
+def _dtype(dtype: str, device: Any, where: Source, variant: str | None) -> Any:
     import torch
 
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        return torch.float32 if device.type == "cpu" else _half(where, variant)
     if dtype not in DTYPES:
         raise SlimdiffError(f"--dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     return getattr(torch, dtype)
+
+
+def _half(where: Source, variant: str | None) -> Any:
+    """bfloat16 for a denoiser that is stored so, whose numbers may be beyond float16's."""
+    import torch
+
+    from slimdiff.denoiser import NAMES
+    from slimdiff.stored import stored_dtypes
+
+    found = [stored_dtypes(Path(where.path) / name, variant) for name in NAMES]
+    brain = any(torch.bfloat16 in kinds.values() for kinds in found)
+    return torch.bfloat16 if brain else torch.float16

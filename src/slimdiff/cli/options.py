@@ -106,8 +106,8 @@ TextTokens = Annotated[int | None, _sampling("max_sequence_length", "--text-toke
 Dtype = Annotated[
     str,
     _loading(
-        "float32, float16, bfloat16 or auto: float32 on a CPU, else float16; what was 16-bit on "
-        "disk is then saved as 16-bit.",
+        "float32, float16, bfloat16 or auto: float32 on a CPU, else bfloat16 if it is stored so, "
+        "else float16; every tensor is then saved in the dtype that it had on disk.",
         "--dtype",
     ),
 ]

@@ -66,7 +66,14 @@ def _sampling(plan: Plan) -> str:
 
 def _table(plan: Plan, title: str) -> Any:
     from slimdiff.report import numbers
-    from slimdiff.report.names import COUNTS, FIGURES, figure_name, stage_told
+    from slimdiff.report.names import (
+        COUNTS,
+        ERRORS,
+        FIGURES,
+        figure_name,
+        healed_told,
+        stage_told,
+    )
 
     figures, shown = plan.figures, console.table(title, COLUMNS)
     for key in ("params", "macs"):
@@ -77,10 +84,19 @@ def _table(plan: Plan, title: str) -> Any:
         latency = figures["latency"]
         before, after = (f"{1000 * latency[key]:.1f} ms" for key in ("dense", "slim"))
         shown.add_row(FIGURES["denoiser"], before, after, f"{latency['speedup']:.2f} times faster")
-    for key in ("predicted_error", "error_on_probes"):
+    for key in ERRORS:
         if key in figures:
-            error = numbers.error(figures[key])
-            shown.add_row(figure_name(key, figures), "", error, "")
+            ends = figures.get("error_interval", []) if key == "error_on_probes" else []
+            row = (figure_name(key, figures), "", numbers.error(figures[key]))
+            shown.add_row(*row, " to ".join(map(numbers.error, ends)))
+    if "refit" in figures:
+        before, after = figures["refit"]["before"], figures["error_on_probes"]
+        layers = f"{figures['refit']['layers']} layers"
+        shown.add_row(FIGURES["refit"], numbers.error(before), numbers.error(after), layers)
+    if "healed" in figures:
+        healed = figures["healed"]
+        before, after = (numbers.error(healed[key]) for key in ("before", "after"))
+        shown.add_row(FIGURES["healed"], before, after, healed_told(healed))
     for key in COUNTS:
         if figures.get(key):
             shown.add_row(FIGURES[key], "", str(figures[key]), "")

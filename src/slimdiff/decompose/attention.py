@@ -23,6 +23,7 @@ from slimdiff.decompose.linalg import (
     triangular_factor,
 )
 from slimdiff.decompose.mixing import even_mix
+from slimdiff.decompose.scaling import level_of, rescaled, scales_of
 
 SIGMA_FLOOR = 1e-10
 """Singular values below this share of a head's largest are rounding; they get no map."""
@@ -62,6 +63,9 @@ def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
     E|q'|^2 = E|k'|^2 = sum(sigma) <= (tr Sq tr Sk)^1/2; a factor per head gives both the ratio that
     they had, so that neither outgrows its dense range in the mean.
 
+    All of it on channels of which the query's and the key's energy are equal: a factor that moves
+    from one to the other changes no logit, and no result.
+
     Args:
         q_moment_hee: (heads, e, e) moment E[q q^T] of the queries, biases included.
         k_moment_hee: (heads, e, e) moment of the keys; best centred over the tokens of their own
@@ -71,24 +75,27 @@ def query_key(q_moment_hee: Tensor, k_moment_hee: Tensor) -> QueryKey:
         ValueError: the moments are not (heads, e, e) both, or not finite.
     """
     shape = _head_shape(q_moment_hee, "q_moment_hee")
-    q_root_hee, q_missing = symmetric_root(checked_moment(q_moment_hee, "q_moment_hee", shape))
-    k_root_hee, k_missing = symmetric_root(checked_moment(k_moment_hee, "k_moment_hee", shape))
+    q_hee = checked_moment(q_moment_hee, "q_moment_hee", shape)
+    k_hee = checked_moment(k_moment_hee, "k_moment_hee", shape)
+    scale_he = (scales_of(q_hee) / scales_of(k_hee)).sqrt()
+    q_root_hee, q_missing = symmetric_root(rescaled(q_hee, scale_he))
+    k_root_hee, k_missing = symmetric_root(rescaled(k_hee, 1 / scale_he))
     u_hee, sigma_he, vt_hee = torch.linalg.svd(q_root_hee @ k_root_hee)
     seen_he = sigma_he > SIGMA_FLOOR * sigma_he[:, :1]
     balance_h1e = torch.where(seen_he, sigma_he, 1.0).rsqrt().mul(seen_he).unsqueeze(-2)
-    ratio_h11 = _energy_ratio(q_root_hee, k_root_hee)
+    ratio_h11, scale_he1 = _energy_ratio(q_hee, k_hee), scale_he.unsqueeze(-1)
     return QueryKey(
         errors=tail_sums(sigma_he.square().sum(0)),
         missing=max(q_missing, k_missing),
-        query_hee=k_root_hee @ vt_hee.mT * balance_h1e * ratio_h11,
-        key_hee=q_root_hee @ u_hee * balance_h1e / ratio_h11,
+        query_hee=k_root_hee @ vt_hee.mT * balance_h1e * ratio_h11 / scale_he1,
+        key_hee=q_root_hee @ u_hee * balance_h1e / ratio_h11 * scale_he1,
         energy_he=sigma_he.square(),
     )
 
 
-def _energy_ratio(q_root_hee: Tensor, k_root_hee: Tensor) -> Tensor:
+def _energy_ratio(q_hee: Tensor, k_hee: Tensor) -> Tensor:
     """(tr Sq / tr Sk)^1/4 of every head, (h, 1, 1); 1 where either is zero."""
-    q_h, k_h = (root.square().sum((-2, -1)) for root in (q_root_hee, k_root_hee))
+    q_h, k_h = (moment.diagonal(dim1=-2, dim2=-1).sum(-1) for moment in (q_hee, k_hee))
     seen_h = (q_h > 0) & (k_h > 0)
     return torch.where(seen_h, q_h / k_h, 1.0).pow(0.25).view(-1, 1, 1)
 
@@ -100,16 +107,45 @@ class ValueOutput(Decomposition):
     Wv'[h] = v[h]^T Wv[h] and Wo' = Wo out; columns of `out` are ordered by head, then rank.
 
     Attributes:
-        basis_hee: (heads, e, e) orthogonal; the first r columns span what width r keeps.
+        basis_hee: (heads, e, e) orthogonal, of channels divided by their scales; the first r
+            columns span what width r keeps.
+        scale_he: (heads, e) root mean square of each channel.
         moment: as it was given: (i, i), or (heads, e, e).
         joint: whether Wo is refitted over all heads at once.
-        damping: the refit's ridge, as a share of the mean diagonal.
+        damping: the refit's ridge, as a share of each channel's energy.
     """
 
     basis_hee: Tensor
+    scale_he: Tensor
     moment: Tensor
     joint: bool
     damping: float
+
+    def directions(self, width: int) -> Tensor:
+        """Orthonormal columns (heads, e, r), of scaled channels, about equally strong each.
+
+        At full width they are the channels themselves.
+        """
+        if width == self.width:
+            return _eyes(self.basis_hee)
+        return self.basis_hee[..., :width] @ even_mix(width, self.basis_hee)
+
+    def of_channels(
+        self, v_her: Tensor, out_ik: Tensor, heads: Tensor | slice
+    ) -> dict[str, Tensor]:
+        """Maps "v" and "out" of some heads, from those of channels divided by their scales.
+
+        The level of a head's scales keeps its slim channels in the range of the dense ones; at full
+        width each channel has its own again.
+        """
+        scale_he, width = self.scale_he[heads], v_her.shape[-1]
+        level_hr = scale_he if width == self.width else level_of(scale_he).expand(-1, width)
+        v_her = v_her * (level_hr.unsqueeze(1) / scale_he.unsqueeze(2))
+        return {"v": v_her, "out": self.scale_he.view(-1, 1) * out_ik / level_hr.flatten()}
+
+    def scaled_moment(self) -> Tensor:
+        """The moment of channels that are divided by their scales, float64."""
+        return rescaled(self.moment, self.scale_he.view(self.moment.shape[:-1]))
 
     def _identity(self) -> dict[str, Tensor]:
         v_hee = _eyes(self.basis_hee)
@@ -119,11 +155,11 @@ class ValueOutput(Decomposition):
         out_ik = self._joint_out(width) if self.joint else self._separate_out(width)
         mix_rr = even_mix(width, self.basis_hee)
         out_ik = (out_ik.unflatten(1, (len(self.basis_hee), width)) @ mix_rr).flatten(1)
-        return {"v": self.basis_hee[..., :width] @ mix_rr, "out": out_ik}
+        return self.of_channels(self.directions(width), out_ik, slice(None))
 
     def _joint_out(self, width: int) -> Tensor:
         heads, e, _ = self.basis_hee.shape
-        c_ii = damped(rotated_joint(self.moment.double(), self.basis_hee), self.damping)
+        c_ii = damped(rotated_joint(self.scaled_moment(), self.basis_hee), self.damping)
         coupling_tk = refit_coupling(c_ii, heads * width)
         eye_kk = torch.eye(heads * width, dtype=c_ii.dtype, device=c_ii.device)
         columns_ehrh = torch.cat([eye_kk, coupling_tk]).view(e, heads, width, heads)
@@ -132,7 +168,7 @@ class ValueOutput(Decomposition):
         return out_hegr.reshape(heads * e, heads * width)
 
     def _separate_out(self, width: int) -> Tensor:
-        c_hee = _blocks(self.moment.double(), len(self.basis_hee))
+        c_hee = _blocks(self.scaled_moment(), len(self.basis_hee))
         rotated_hee = self.basis_hee.mT @ c_hee @ self.basis_hee
         coupling_htr = refit_coupling(damped(rotated_hee, self.damping), width)
         kept_her, removed_het = self.basis_hee[..., :width], self.basis_hee[..., width:]
@@ -151,6 +187,10 @@ def value_output(
     direction of every head, then the second, ..., nests all widths, so one triangular factor
     gives the whole curve.
 
+    All of it on channels of unit energy, M_ii = 1: a factor that moves from a channel's values to
+    its column of Wo changes no output, and no result. Channels of unlike scale would be rotated
+    into one another too, and rounding would take from the small ones.
+
     Args:
         w_out_oi: (o, i) weight of the output projection, i = heads * e.
         moment: (i, i) moment of z, the input of the output projection, or (heads, e, e) moments
@@ -158,7 +198,7 @@ def value_output(
         heads: number of heads.
         refit: refit Wo jointly. Otherwise heads are separate, and `errors` adds up theirs as if
             they were uncorrelated.
-        damping: ridge of the refit as a share of the moment's mean diagonal.
+        damping: ridge of the refit as a share of each channel's energy.
 
     Raises:
         ValueError: shapes disagree, a value is not finite, or `refit` lacks the (i, i) moment.
@@ -170,7 +210,7 @@ def value_output(
         raise ValueError(f"refit needs the ({inner}, {inner}) moment, got {tuple(moment.shape)}")
     shape = (inner, inner) if moment.ndim == 2 else (heads, e, e)
     c_full = checked_moment(moment, "moment", shape)
-    w_hoe = w_out_oi.double().view(o, heads, e).transpose(0, 1)
+    w_hoe, scale_he, c_full = scaled_heads(w_out_oi, c_full, heads)
     basis_hee, s_hk, missing = value_basis(w_hoe, c_full)
     if refit:
         rotated_ii = rotated_joint(c_full, basis_hee)
@@ -178,7 +218,14 @@ def value_output(
     else:
         s_he = torch.nn.functional.pad(s_hk, (0, e - s_hk.shape[-1]))
         errors = tail_sums(s_he.square().sum(0))
-    return ValueOutput(errors, missing, basis_hee, moment, joint=refit, damping=damping)
+    return ValueOutput(errors, missing, basis_hee, scale_he, moment, joint=refit, damping=damping)
+
+
+def scaled_heads(w_out_oi: Tensor, c_full: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer is on channels of unit energy: Wo (h, o, e), their scales (h, e), the moment."""
+    scale_n = scales_of(_blocks(c_full, heads))
+    w_hoe = w_out_oi.double().unflatten(1, (heads, -1)).transpose(0, 1)
+    return w_hoe * scale_n.unsqueeze(1), scale_n, rescaled(c_full, scale_n.view(c_full.shape[:-1]))
 
 
 def value_basis(w_hoe: Tensor, c_full: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -13,6 +13,7 @@ from slimdiff.decompose.attention import (
     ValueOutput,
     rank_major,
     rotated_joint,
+    scaled_heads,
     value_basis,
 )
 from slimdiff.decompose.block_elimination import Eliminated, block_elimination
@@ -43,7 +44,7 @@ def head_order(
         w_out_oi: (o, i) weight of the output projection, i = heads * e.
         moment_ii: (i, i) moment E[z z^T] of its input.
         heads: number of heads.
-        damping: ridge as a share of the moment's mean diagonal.
+        damping: ridge as a share of each channel's energy.
         largest: heads stop going before the error exceeds this.
 
     Raises:
@@ -56,8 +57,9 @@ def head_order(
             f"got {tuple(w_out_oi.shape)}"
         )
     c_ii = checked_moment(moment_ii, "moment_ii", (inner, inner))
+    w_hoe, _, c_ii = scaled_heads(w_out_oi, c_ii, heads)
     share_w = c_ii.new_ones(1)
-    terms = w_out_oi.double().unsqueeze(0), c_ii.unsqueeze(0)
+    terms = w_hoe.transpose(0, 1).flatten(1).unsqueeze(0), c_ii.unsqueeze(0)
     return block_elimination(*terms, share_w, heads, damping, largest=largest)
 
 
@@ -106,12 +108,11 @@ def head_errors(
         query_key: of all heads.
         w_out_oi: (o, i) weight of the output projection, i = heads * e.
         moment_ii: (i, i) moment E[z z^T] of its input.
-        damping: ridge as a share of the moment's mean diagonal.
+        damping: ridge as a share of each channel's energy.
     """
-    heads, e = query_key.energy_he.shape
-    w_hoe = w_out_oi.double().unflatten(1, (heads, e)).transpose(0, 1)
-    basis_hee = value_basis(w_hoe, moment_ii.double())[0]
-    c_ii = damped(rotated_joint(moment_ii.double(), basis_hee), damping)
+    w_hoe, _, c_ii = scaled_heads(w_out_oi, moment_ii.double(), len(query_key.energy_he))
+    basis_hee = value_basis(w_hoe, c_ii)[0]
+    c_ii = damped(rotated_joint(c_ii, basis_hee), damping)
     w_oi = rank_major(w_hoe @ basis_hee)
     cross_oi = w_oi @ c_ii
     return HeadErrors(query_key.energy_he, c_ii, cross_oi, (cross_oi * w_oi).sum())
@@ -133,20 +134,23 @@ def maps_of_heads(found: Decomposition, heads_k: Tensor, width: int) -> dict[str
         maps = found.maps(width)
         return {"heads": heads_k, "q": maps["q"][heads_k], "k": maps["k"][heads_k]}
     if isinstance(found, ValueOutput) and found.joint:
-        v_ker = found.maps(width)["v"][heads_k]
-        return {"heads": heads_k, "v": v_ker, "out": _refit(found, heads_k, v_ker)}
+        v_ker = found.directions(width)[heads_k]
+        out_ik = _refit(found, heads_k, v_ker)
+        return {"heads": heads_k} | found.of_channels(v_ker, out_ik, heads_k)
     raise ValueError(f"{type(found).__name__}: heads only go where the output is refit jointly")
 
 
 def _refit(found: ValueOutput, heads_k: Tensor, v_ker: Tensor) -> Tensor:
     """Least-squares weights (i, k * r) that predict z from what the heads that stay keep of it.
 
+    Of channels that are divided by their scales.
+
     With P (i, k * r) the kept directions, z is predicted by C P (P^T C P)^-1; what it says about
     the directions themselves, the identity but for rounding, is made the identity.
     """
     heads, e, _ = found.basis_hee.shape
     p_ik = spread_heads(torch.block_diag(*v_ker), heads_k, heads)
-    c_ii = damped(found.moment.double(), found.damping)
+    c_ii = damped(found.scaled_moment(), found.damping)
     cp_ik = c_ii @ p_ik
     guess_ik = torch.cholesky_solve(cp_ik.mT, triangular_factor(p_ik.mT @ cp_ik)).mT
     return p_ik + guess_ik - p_ik @ (p_ik.mT @ guess_ik)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimdiff.calls import bound
 from slimdiff.denoiser import component_of, denoiser_of
 from slimdiff.errors import SlimdiffError
-from slimdiff.probes import Probes, bound
+from slimdiff.probes import Probes
 
 
 def generate(
@@ -64,7 +65,7 @@ def generate(
                 output_type=output_type,
                 **optional,
             )
-            images.extend(output.images)
+            images.extend(output[0])  # those of a text-to-video pipeline are called frames
     return images
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.report import numbers
-from slimdiff.report.names import COUNTS, FIGURES, KINDS, METRICS, figure_name, width_name
+from slimdiff.report.names import COUNTS, ERRORS, FIGURES, KINDS, METRICS, figure_name, width_name
 from slimdiff.results import Results
 
 MOST_PLACES = 30  # more blocks than this are told together by the first part of their path
@@ -128,9 +128,15 @@ def plan_facts(results: Results) -> dict[str, str]:
     plan = results.get("plan") or {}
     figures = plan.get("figures") or {}
     found = {key: str(plan[key]) for key in ("recipe", "allocation", "budget") if plan.get(key)}
-    for key in ("predicted_error", "error_on_probes"):
+    for key in ERRORS:
         if key in figures:
             found[figure_name(key, figures)] = numbers.error(figures[key])
+    if refit := figures.get("refit"):
+        errors = (numbers.error(error) for error in (refit["before"], figures["error_on_probes"]))
+        found[FIGURES["refit"]] = numbers.ARROW.join(errors)
+    if healed := figures.get("healed"):
+        errors = (numbers.error(healed[key]) for key in ("before", "after"))
+        found[FIGURES["healed"]] = numbers.ARROW.join(errors)
     for key in COUNTS:
         if figures.get(key):
             found[FIGURES[key]] = str(figures[key])

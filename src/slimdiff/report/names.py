@@ -16,8 +16,12 @@ FIGURES = {
     "pipeline": "time of an image",
     "macs_allow": "times faster, as MACs allow",
     "share_reached": "share of it that was reached",
-    "predicted_error": "velocity error, predicted",
-    "error_on_probes": "velocity error on probes",
+    "predicted_error": "velocity error, guided, predicted",
+    "error_guided": "velocity error, guided, on held-out prompts",
+    "error_on_probes": "velocity error on held-out prompts",
+    "error_on_seen": "velocity error on calibration prompts",
+    "refit": "velocity error before and after the refit",
+    "healed": "healing: error on held-out prompts",
     "layers_removed": "layers removed wholly",
     "heads_removed": "attention heads removed elsewhere",
     "upsamplers_fused": "upsamplers fused, at no loss",
@@ -29,6 +33,9 @@ FIGURES = {
     "clip": "CLIP score",
     "scenes": "pictures drawn right",
 }
+
+ERRORS = ("predicted_error", "error_guided", "error_on_probes", "error_on_seen")
+"""Figures of a plan that say what it loses."""
 
 COUNTS = ("layers_removed", "heads_removed", "upsamplers_fused")
 """Figures of a plan that count what else changed; each only where it is not 0."""
@@ -54,10 +61,26 @@ KIND_COLOURS = 7
 
 
 def figure_name(key: str, figures: Mapping[str, Any]) -> str:
-    """What one of `FIGURES` is called among those of a plan: a text encoder has no velocity."""
+    """What one of `FIGURES` is called among those of a plan: a text encoder has no velocity.
+
+    Errors of a plan that was healed are those of the closed form.
+    """
     name = FIGURES[key]
+    if figures.get("held_out") is False:
+        name = name.replace("held-out", "calibration")
+    if "error_guided" not in figures:
+        name = name.replace(", guided", "")
+    if "refit" in figures and key == "predicted_error":
+        name += ", before the refit"
+    if "healed" in figures and key in ERRORS:
+        name += ", before healing"
     encoder = figures.get("component")
     return name.replace("velocity error", "error of the encoder's output") if encoder else name
+
+
+def healed_told(healed: Mapping[str, Any]) -> str:
+    """What healing took, and what ended it."""
+    return f"{healed['steps']} steps, ended by {healed['stopped']}"
 
 
 def kind_name(kind: str) -> str:

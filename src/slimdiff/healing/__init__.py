@@ -1,0 +1,1 @@
+"""Parts of `slimdiff.heal`: what the dense denoiser did, and how the slim one learns from it."""

@@ -1,0 +1,1 @@
+"""Parts of a refit: where outputs meet the stream, runs that skip what is final, and rows."""
