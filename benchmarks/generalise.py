@@ -18,12 +18,11 @@ import json
 import logging
 from pathlib import Path
 
-from generalisation.emoji import CACHE
 from generalisation.running import NAME, Judging, Runner
 from generalisation.specs import SPECS
 from generalisation.subjects import subject, subjects
 from generalisation.summary import render
-from generalisation.training import train
+from generalisation.training import CACHE, train
 from generalisation.variants import BASELINE, BUDGETS, VARIANTS, read
 from measuring import RESULTS
 

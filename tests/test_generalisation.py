@@ -5,6 +5,8 @@ import json
 import math
 
 import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import slimdiff
 from generalisation.running import Judging, Runner
@@ -12,7 +14,9 @@ from generalisation.specs import SPECS, ModelSpec
 from generalisation.subjects import Subject
 from generalisation.summary import by_model, geometric_mean, overall, verdict
 from generalisation.variants import VARIANTS, split
+from generalisation.worlds import ONE_IN, SPLITS, distinct, take, world_named
 from slimdiff.evaluate import velocity_error
+from slimdiff.reference.emoji.captions import parse
 from tiny_pipeline import tiny_pipeline
 
 PROMPTS = [
@@ -137,6 +141,29 @@ def test_every_variant_can_be_made(name):
 def test_an_unknown_argument_is_named():
     with pytest.raises(KeyError, match="colour"):
         split({"colour": "red"})
+
+
+def test_small_emoji_are_some_of_all_and_tests_are_never_trained_on():
+    world = world_named("emoji").world
+    numbers = {split: [parse(text) for text in world.prompts(split, 64)] for split in SPLITS}
+    assert all(glyph % ONE_IN == 0 for pairs in numbers.values() for glyph, _ in pairs)
+    assert all((5 * g + b) % 8 == 7 for g, b in numbers["test"])
+    assert all((5 * g + b) % 8 != 7 for g, b in numbers["train"] + numbers["calibration"])
+    assert len(set(distinct(world, "calibration", 64))) == 64
+
+
+def test_a_trained_encoder_is_taken_whole_and_a_lacking_projection_passes_on():
+    kinds = [CLIPTextModel, CLIPTextModelWithProjection]
+    config = tiny_pipeline().text_encoder.config
+    config.projection_dim = config.hidden_size
+    trained, other = (kind(config) for kind in kinds)
+    take(other, trained.state_dict())
+    tokens = torch.tensor([[1, 5, 3, config.eos_token_id]])
+    mine, theirs = other(tokens), trained(tokens)
+    torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state)
+    torch.testing.assert_close(mine.text_embeds, theirs.pooler_output)
+    with pytest.raises(KeyError):
+        take(other, {})
 
 
 def row(variant, model, error, spread):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import slimdiff
-from generalisation.emoji import CACHE
 from generalisation.subjects import Call, Subject
+from generalisation.training import CACHE
 from generalisation.variants import BUDGETS, VARIANTS, split
 from measuring import RESULTS, Rows
 from slimdiff.denoiser import denoiser_of

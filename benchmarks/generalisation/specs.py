@@ -17,7 +17,7 @@ class ModelSpec:
         kind: `unet`, a StableDiffusionPipeline, or `sd3`, a StableDiffusion3Pipeline.
         world: what it draws: a name in `worlds.WORLDS`.
         seed: of its weights, of the order of its data and of its noise.
-        widths: fields of the kind's architecture: see `unets` and `transformers`.
+        widths: fields of the kind's architecture: see `kinds`.
         steps: training steps; the rate falls over the last `decay` of them.
         batch: pictures per step.
         minutes: about how long that takes on one free core, in bfloat16.
@@ -59,7 +59,7 @@ SPECS: dict[str, ModelSpec] = {
                 "unet_channels": (64, 96, 128),
                 "unet_heads": (1, 2, 4),
                 "norm_groups": 32,
-                "levels": 3,
+                "attention_levels": 3,
             },
             steps=400,
         ),
@@ -83,6 +83,20 @@ SPECS: dict[str, ModelSpec] = {
                 "depths": (1, 2, 2),
                 "linear": True,
             },
+        ),
+        ModelSpec(
+            "emoji-unet-longer",
+            "unet",
+            "emoji",
+            seed=505,
+            widths={
+                "unet_channels": (80, 120, 160),
+                "unet_heads": (2, 3, 4),
+                "norm_groups": 20,
+                "attention_levels": 3,
+            },
+            steps=1000,
+            minutes=20.0,
         ),
     )
 }

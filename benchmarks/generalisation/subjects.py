@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generalisation.emoji import CACHE, EmojiWorld, source
 from generalisation.specs import SPECS
-from generalisation.training import CALIBRATION, TEST, sampling_of
-from generalisation.worlds import ScenesWorld
+from generalisation.training import CACHE, CALIBRATION, STEPS, TEST
+from generalisation.worlds import distinct
 from slimdiff.calls import bound
 from slimdiff.checkpoint import load_pipeline
 from slimdiff.denoiser import denoiser_of
 from slimdiff.evaluate import generate
 from slimdiff.reference.bundled import bundled_path
+from slimdiff.reference.references import reference, sampling_of
+
+BUNDLED = ("scenes-unet", "scenes-dit", "emoji-unet")
+"""The bundled references that are slimmed beside the models trained here."""
 
 Call = tuple[dict[str, Any], Tensor]
 
@@ -151,23 +154,18 @@ def _per_prompt(difference: Tensor) -> Tensor:
     return difference.square().flatten(1).sum(1)
 
 
-def _scenes(name: str, kind: str) -> Subject:
-    world = ScenesWorld()
-    lists = (world.prompts("calibration", CALIBRATION), world.prompts("test", TEST))
-    return Subject(name, bundled_path(name), sampling_of(kind, world), *lists)
-
-
-def _emoji(name: str) -> Subject:
-    world = EmojiWorld(one_in=1)
-    lists = (world.prompts("calibration", CALIBRATION), world.prompts("test", TEST))
-    return Subject(name, source().pipeline, sampling_of("unet", world), *lists)
+def bundled(name: str) -> Subject:
+    """A bundled reference with prompts of its world."""
+    world = reference(name).world
+    lists = (distinct(world, "calibration", CALIBRATION), distinct(world, "test", TEST))
+    sampling = {"num_inference_steps": STEPS} | sampling_of(name)
+    return Subject(name, bundled_path(name), sampling, *lists)
 
 
 def subjects(work: Path = CACHE) -> list[str]:
     """Names of all models that are there: bundled references, and what was trained in `work`."""
     trained = [name for name in SPECS if (work / name / "model.json").is_file()]
-    emoji = ["emoji-unet"] if (source().pipeline / "model_index.json").is_file() else []
-    return ["scenes-unet", "scenes-dit", *emoji, *trained]
+    return [*BUNDLED, *trained]
 
 
 def subject(name: str, work: Path = CACHE) -> Subject:
@@ -176,8 +174,6 @@ def subject(name: str, work: Path = CACHE) -> Subject:
     Raises:
         FileNotFoundError: no such model was trained.
     """
-    if name in ("scenes-unet", "scenes-dit"):
-        return _scenes(name, "unet" if name == "scenes-unet" else "sd3")
-    if name == "emoji-unet":
-        return _emoji(name)
+    if name in BUNDLED:
+        return bundled(name)
     return Subject.read(work / name if (work / name).is_dir() else Path(name))

@@ -1,7 +1,7 @@
 """Train a model of the generalisation set and leave it as an ordinary diffusers pipeline.
 
 The training framework of the references does the work: a stage whose file lies in the training
-folder counts as done, so that autoencoder, text encoder and latents are laid there first.
+folder counts as done, so that the trained text encoder is laid there first.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from generalisation.emoji import CACHE
 from generalisation.kinds import reference_of
 from generalisation.specs import ModelSpec
-from generalisation.worlds import SHARD, World, world_named
+from generalisation.worlds import distinct, world_named
+from measuring import HERE
 from slimdiff.evaluate import generate
-from slimdiff.reference.contract import Reference
 from slimdiff.reference.export import save, trained_pipeline
 from slimdiff.reference.train import TrainConfig, Trainer
 
-STEPS = 20
+CACHE = HERE / "cache" / "generalisation"
+STEPS, SHARD, SHARDS = 20, 2048, 4
 CALIBRATION, TEST, DRAWN = 512, 64, 32
-
-
-def sampling_of(kind: str, world: World) -> dict[str, Any]:
-    """How a pipeline is called; SD3's has no T5 encoder to give more tokens."""
-    more = {"max_sequence_length": 1} if kind == "sd3" else {}
-    return {"num_inference_steps": STEPS, "guidance_scale": world.guidance} | more
 
 
 def train(spec: ModelSpec, folder: Path = CACHE) -> Path:
@@ -39,64 +33,59 @@ def train(spec: ModelSpec, folder: Path = CACHE) -> Path:
     The folder holds `pipeline`, `calibration.txt` and `test.txt`, `grid.png` and `model.json`.
     """
     out, run = folder / spec.name, folder / "runs" / spec.name
-    kind, world = reference_of(spec), world_named(spec.world)
-    prepare(spec, kind, world, folder, run)
-    trainer = Trainer(config_of(spec, run, world), kind)
-    trainer.run()
-    return export(spec, kind, world, run, out)
+    kind = reference_of(spec)
+    prepare(spec, kind, folder, run)
+    Trainer(config_of(spec, run), kind).run()
+    return export(spec, kind, run, out)
 
 
-def prepare(spec: ModelSpec, kind: Reference, world: World, folder: Path, run: Path) -> None:
-    """Lay what needs no training into the training folder `run`."""
+def prepare(spec: ModelSpec, kind: Any, folder: Path, run: Path) -> None:
+    """Lay the trained text encoder into the training folder `run`, and its world's pictures."""
     run.mkdir(parents=True, exist_ok=True)
-    shards = folder / "shards" / world.name
-    for index in range(world.shards):
-        world.fill(shards, index)
+    shards = folder / "shards" / spec.world
+    shards.mkdir(parents=True, exist_ok=True)
     if not (run / "shards").exists():
         (run / "shards").symlink_to(os.path.relpath(shards, run), target_is_directory=True)
-    if not (run / "scaling.json").exists():
-        (run / "scaling.json").write_text(json.dumps(world.scaling()))
-    with torch.random.fork_rng():
-        torch.manual_seed(spec.seed)
-        trained = {"vae": kind.vae(), "text": kind.networks()["text"]}
-    for name, module in trained.items():
-        path = run / f"{name}.safetensors"
-        if not path.exists():
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path)
+    path = run / "text.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)
+            text = kind.networks()["text"]
+        world_named(spec.world).teach(spec.kind, text)
+        save_file({k: v.contiguous() for k, v in text.state_dict().items()}, path)
 
 
-def config_of(spec: ModelSpec, run: Path, world: World) -> TrainConfig:
+def config_of(spec: ModelSpec, run: Path) -> TrainConfig:
     """The framework's settings for a specification."""
     return TrainConfig(
-        reference=spec.name,
         out=run,
         steps=spec.steps,
         decay=spec.decay,
         batch=spec.batch,
+        vae_from=world_named(spec.world).vae,
         shard=SHARD,
-        first_shards=world.shards,
-        most_shards=world.shards,
+        first_shards=SHARDS,
+        most_shards=SHARDS,
         save_every=60.0,
         seed=spec.seed,
     )
 
 
-def export(spec: ModelSpec, kind: Reference, world: World, run: Path, out: Path) -> Path:
+def export(spec: ModelSpec, kind: Any, run: Path, out: Path) -> Path:
     """Write the averaged weights as a pipeline, its prompts, and pictures of test prompts."""
     pipe, progress = trained_pipeline(run, kind)
     save(pipe, out / "pipeline")
-    texts = {"calibration": CALIBRATION, "test": TEST}
-    for split, count in texts.items():
-        (out / f"{split}.txt").write_text("\n".join(world.prompts(split, count)) + "\n")
-    sampling = sampling_of(spec.kind, world)
-    told = {"spec": vars(spec), "progress": vars(progress), "sampling": sampling}
+    for split, count in (("calibration", CALIBRATION), ("test", TEST)):
+        (out / f"{split}.txt").write_text("\n".join(distinct(kind.world, split, count)) + "\n")
+    sampling = {"num_inference_steps": STEPS} | next(iter(kind.sampling.values()))
+    judged = judge(out, kind, sampling)
+    told = {"spec": vars(spec), "progress": vars(progress), "sampling": sampling, "judge": judged}
     (out / "model.json").write_text(json.dumps(told, indent=1) + "\n")
-    pictures(out, sampling)
     return out
 
 
-def pictures(out: Path, sampling: dict[str, Any]) -> None:
-    """Draw the first test prompts into `grid.png`, eight in a row."""
+def judge(out: Path, kind: Any, sampling: dict[str, Any]) -> str:
+    """Draw the first test prompts into `grid.png`, eight in a row, and say what is right."""
     from slimdiff.checkpoint import load_pipeline
 
     pipe = load_pipeline(out / "pipeline", local_files_only=True)
@@ -104,6 +93,7 @@ def pictures(out: Path, sampling: dict[str, Any]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         drawn = generate(pipe, texts, range(len(texts)), batch_size=16, **sampling)
     tiled(drawn).save(out / "grid.png")
+    return str(kind.world.judge(drawn, texts))
 
 
 def tiled(drawn: list[Any], columns: int = 8) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import slimdiff
 
-BASE: dict[str, Any] = {"prompts": 64, "num_inference_steps": 20, "batch_size": 16}
+BASE: dict[str, Any] = {"prompts": 256, "batch_size": 16}
 """What every variant begins at, besides the library's defaults."""
 
 BASELINE = "defaults"
@@ -21,9 +21,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no projections": {"layers": PLAIN},
     "no removal": {"remove_layers": False},
     "no projections, no removal": {"layers": PLAIN, "remove_layers": False},
-    "256 prompts of 5 steps": {"prompts": 256, "num_inference_steps": 5},
+    "no refit": {"refit": False},
+    "always refit": {"refit": True},
+    "64 prompts, all 20 steps": {"prompts": 64, "steps_per_prompt": None},
+    "512 prompts": {"prompts": 512},
+    "64 probes": {"num_probes": 64},
     "untied widths": {"tied": False},
-    "late steps count less": {"timestep_weights": "log"},
+    "early steps count more": {"timestep_weights": "log"},
 }
 """Variant -> keyword arguments of `slimdiff.compress` and of `slimdiff.CalibrationConfig`, and
 `prompts`, how many calibration prompts are used."""

@@ -1,108 +1,123 @@
-"""What the models of the generalisation set draw: where networks, pictures and prompts come from.
+"""What the models of the generalisation set draw, and which trained networks each world lends.
 
-A world hands over its trained autoencoder and text encoder, which every model of it shares, its
-pictures as shards of latents, and prompts, so that only a denoiser has to be trained.
+Every model of a world shares its autoencoder and text encoder, those of bundled references, so
+that only a denoiser has to be trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 
-from slimdiff.reference.build import Architecture, build_vae
 from slimdiff.reference.bundled import bundled_path
-from slimdiff.reference.captions import prompts
-from slimdiff.reference.data import cached_shard
-from slimdiff.reference.tokenizer import tokenizer as scenes_tokenizer
+from slimdiff.reference.emoji.captions import Pair, caption, split_pairs
+from slimdiff.reference.emoji.render import render_batch
+from slimdiff.reference.world import Samples, World
+from slimdiff.reference.worlds import EMOJI, SCENES
 
-SHARD = 2048
-"""Pictures of one shard of latents."""
+ONE_IN = 3
+"""Of the emoji, one in so many is drawn: a small model learns all of them too slowly."""
 
-
-class World(Protocol):
-    """One kind of picture and its captions."""
-
-    name: str
-    latent_channels: int
-    guidance: float
-    shards: int
-    """How many shards of `SHARD` pictures there are to train on."""
-
-    def vae(self) -> Any:
-        """The trained autoencoder, to latents of 16 by 16."""
-
-    def scaling(self) -> float:
-        """What its latents are multiplied by."""
-
-    def text_encoder(self, kind: str, part: int) -> Any | None:
-        """The trained CLIP encoder `part` (0 or 1) for a pipeline of `kind`; None: train one."""
-
-    def tokenizer(self) -> Any:
-        """The tokenizer of all its encoders."""
-
-    def fill(self, folder: Path, index: int) -> None:
-        """Leave shard `index` of training latents and tokens in `folder`."""
-
-    def prompts(self, split: str, count: int) -> list[str]:
-        """Distinct prompts of `calibration` or `test`, of no model's training pairs if `test`."""
+SPLITS = ("train", "calibration", "selection", "test")
 
 
-class ScenesWorld:
-    """One or two shapes on a lit background; networks of the bundled references."""
+@dataclass(frozen=True)
+class Lent:
+    """A world, and where its trained networks lie.
 
-    name, latent_channels, guidance, shards = "scenes", 4, 3.0, 4
+    Attributes:
+        world: captions and pictures.
+        vae: the bundled reference whose autoencoder is taken.
+        encoders: for each kind of pipeline, (part, reference, folder) of the text encoders that
+            are taken; a part is a path in the network "text", "" for the whole of it.
+        widths: of the autoencoder and of the text encoders, fields of `Architecture`.
+    """
 
-    def vae(self) -> Any:
-        """The autoencoder of `scenes-unet`."""
-        vae = build_vae(Architecture())
-        path = bundled_path("scenes-unet") / "vae" / "diffusion_pytorch_model.safetensors"
-        vae.load_state_dict(load_file(path))
-        return vae
+    world: World
+    vae: str
+    encoders: dict[str, tuple[tuple[str, str, str], ...]]
+    widths: dict[str, Any]
 
-    def scaling(self) -> float:
-        """As the bundled pipeline has it."""
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL.load_config(bundled_path("scenes-unet") / "vae")["scaling_factor"]
-
-    def text_encoder(self, kind: str, part: int) -> Any:
-        """Of `scenes-unet`, or one of the two of `scenes-dit`."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        if kind == "unet":
-            return CLIPTextModel.from_pretrained(bundled_path("scenes-unet") / "text_encoder")
-        folder = bundled_path("scenes-dit") / ("text_encoder", "text_encoder_2")[part]
-        return CLIPTextModelWithProjection.from_pretrained(folder)
-
-    def tokenizer(self) -> Any:
-        """A token a word, padded to 20."""
-        return scenes_tokenizer()
-
-    def fill(self, folder: Path, index: int) -> None:
-        """Scenes of the training split, the same for every model."""
-        cached_shard(folder, self.vae().eval(), self.scaling(), SHARD, index)
-
-    def prompts(self, split: str, count: int) -> list[str]:
-        """Captions of a held-out split."""
-        found = list(dict.fromkeys(prompts(split, 2 * count)))
-        return found[:count]
+    def teach(self, kind: str, text: nn.Module) -> None:
+        """Give the network "text" of a pipeline of `kind` the trained weights that there are."""
+        for part, reference, folder in self.encoders[kind]:
+            trained = load_file(bundled_path(reference) / folder / "model.safetensors")
+            take(text.get_submodule(part), trained)
 
 
-def _emoji() -> World:
-    from generalisation.emoji import EmojiWorld
+@torch.no_grad()
+def take(encoder: nn.Module, trained: dict[str, torch.Tensor]) -> None:
+    """Load a text encoder's weights; a projection that they lack passes on what it gets.
 
-    return EmojiWorld()
+    Raises:
+        KeyError: another weight is lacking.
+    """
+    bare = {name.removeprefix("text_model."): weight for name, weight in trained.items()}
+    for name, parameter in encoder.named_parameters():
+        if name == "text_projection.weight" and name not in bare:
+            nn.init.eye_(parameter)
+        else:
+            parameter.copy_(bare[name.removeprefix("text_model.")])
 
 
-WORLDS: dict[str, Callable[[], World]] = {"scenes": ScenesWorld, "emoji": _emoji}
+def _pairs(split: str, n: int, seed: int) -> list[Pair]:
+    """`n` random pairs of a split among the emoji that are drawn, distinct as far as there are."""
+    owned = split_pairs(split)
+    owned = owned[owned[:, 0] % ONE_IN == 0]
+    rng = np.random.default_rng([SPLITS.index(split), seed])
+    rounds = [owned[rng.permutation(len(owned))] for _ in range(-(-n // len(owned)))]
+    return [(int(g), int(b)) for g, b in np.concatenate(rounds)[:n]]
 
 
-def world_named(name: str) -> World:
+def _prompts(split: str, n: int, seed: int = 0) -> list[str]:
+    return [caption(pair) for pair in _pairs(split, n, seed)]
+
+
+def _draw(split: str, n: int, seed: int) -> Samples:
+    batch: Sequence[Pair] = _pairs(split, n, seed)
+    rendered = render_batch(batch, np.random.default_rng([seed, n]))
+    pixels = torch.from_numpy(rendered).permute(0, 3, 1, 2).mul(2).sub(1).contiguous()
+    return Samples(pixels, [caption(pair) for pair in batch], torch.ones(n, 4, dtype=torch.bool))
+
+
+WORLDS: dict[str, Lent] = {
+    "scenes": Lent(
+        SCENES,
+        vae="scenes-unet",
+        encoders={
+            "unet": (("", "scenes-unet", "text_encoder"),),
+            "sd3": (
+                ("first", "scenes-dit", "text_encoder"),
+                ("second", "scenes-dit", "text_encoder_2"),
+            ),
+        },
+        widths={},
+    ),
+    "emoji": Lent(
+        replace(EMOJI, prompts=_prompts, draw=_draw, drawn_from=None),
+        vae="emoji-unet",
+        encoders={
+            "unet": (("", "emoji-unet", "text_encoder"),),
+            "sd3": (("first", "emoji-unet", "text_encoder"),),
+        },
+        widths={
+            "latent_channels": 8,
+            "vae_channels": (48, 96, 128),
+            "text_width": 256,
+            "text_layers": 4,
+            "text_heads": 8,
+        },
+    ),
+}
+
+
+def world_named(name: str) -> Lent:
     """The world of that name.
 
     Raises:
@@ -110,12 +125,9 @@ def world_named(name: str) -> World:
     """
     if name not in WORLDS:
         raise KeyError(f"no world {name!r}; known: {', '.join(WORLDS)}")
-    return WORLDS[name]()
+    return WORLDS[name]
 
 
-def tokens_of(world: World, captions: list[str]) -> Tensor:
-    """Token ids (n, length), padded as the pipeline pads them."""
-    tokenizer = world.tokenizer()
-    length = tokenizer.model_max_length
-    found = tokenizer(captions, padding="max_length", max_length=length, truncation=True)
-    return torch.tensor(found["input_ids"])
+def distinct(world: World, split: str, count: int) -> list[str]:
+    """`count` distinct prompts of a split."""
+    return list(dict.fromkeys(world.prompts(split, 2 * count)))[:count]
