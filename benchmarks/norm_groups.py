@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, group_norm, silu, unfold
 
 import slimdiff
 from measuring import write
-from slimdiff.decompose import LAGS, add_autocovariances, resnet_channels
+from slimdiff.decompose import autocovariances, resnet_channels
 from slimdiff.decompose.resnet import LAG_DAMPING
 from trial import BATCH, Size, Trial
 
@@ -46,10 +46,7 @@ def activated(norm: nn.GroupNorm, x: Tensor, channels: Tensor, groups: int) -> T
 
 
 def lags_of(maps: list[Tensor]) -> Tensor:
-    channels = maps[0].shape[1]
-    sums = torch.zeros(len(LAGS), channels, channels, dtype=torch.float64)
-    for x in maps:
-        add_autocovariances(x, lambda i, a, b: sums[i].add_(a.mT @ b), torch.float64)
+    sums = sum(autocovariances(x, torch.float64) for x in maps)
     return sums / sum(x[:, 0].numel() for x in maps)
 
 

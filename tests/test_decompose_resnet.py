@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimdiff.decompose import LAGS, add_autocovariances, resnet_channels
+from slimdiff.decompose import LAGS, autocovariances, resnet_channels
 from slimdiff.decompose.autocovariance import (
     FREQUENCIES,
     MULTIPLICITY,
@@ -28,12 +28,7 @@ def feature_map(batch: int = 2, size: int = 24, channels: int = CHANNELS) -> Ten
 
 
 def lags_of(x: Tensor, weight: float = 1.0) -> Tensor:
-    sums = torch.zeros(len(LAGS), x.shape[1], x.shape[1], dtype=torch.float64)
-
-    def add(lag: int, a: Tensor, b: Tensor) -> None:
-        sums[lag] += weight * (a.mT @ b)
-
-    add_autocovariances(x, add, torch.float64)
+    sums = weight * autocovariances(x, torch.float64)
     return sums / (x.shape[0] * x.shape[2] * x.shape[3])
 
 

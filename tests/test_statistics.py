@@ -69,7 +69,7 @@ def test_weights_weigh() -> None:
 
 def test_subsampled_rows_are_the_same_every_time_and_unbiased() -> None:
     x = torch.randn(2, 400, 3, generator=torch.Generator().manual_seed(0))
-    first, second = (recorder(empty(), tokens=64).rows("layer/h", x) for _ in range(2))
+    first, second = (recorder(empty(), tokens=64).rows(x) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (2, 64, 3)
     statistics = empty()
     for call in range(50):

@@ -35,7 +35,7 @@ class CalibrationConfig:
         },
     )
     tokens_per_sample: int = field(
-        default=256, metadata={"help": "token rows per image and call that enter a statistic"}
+        default=64, metadata={"help": "token rows per image and call that enter a statistic"}
     )
     timestep_weights: Literal["uniform", "log"] = field(
         default="uniform", metadata={"help": "log: early denoising steps weigh more"}

@@ -30,7 +30,7 @@ def record(
     statistics: Statistics | None = None,
     seed: int = 0,
     num_probes: int = 32,
-    tokens_per_sample: int = 256,
+    tokens_per_sample: int = 64,
     dtype: torch.dtype = torch.float64,
     held_out: bool = False,
 ) -> Iterator[Statistics]:

@@ -5,13 +5,14 @@ No activation is kept: each call adds one Gram matrix per statistic to a sum and
 
 from __future__ import annotations
 
-import hashlib
+import math
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimdiff.decompose import LAGS, add_autocovariances
+from slimdiff.decompose import LAGS, autocovariances
 from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probes
 from slimdiff.statistics import Statistics
@@ -41,13 +42,13 @@ class Recorder:
         self.weight = 1.0
         self.reservoir: Probes | None = statistics.probes
         self._counting: Tensor | None = None  # (batch, tokens): which are no padding; None: all
-        self._suspects: dict[str, Tensor] = {}
+        self._watched: dict[str, Tensor] = {}
+        self._places: dict[tuple[int, int, int], Tensor] = {}
         self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
 
     def heads_moment(self, name: str, x_bti: Tensor, heads: int) -> None:
         """Add per-head second moments of x (batch, tokens, heads * e) under `name`."""
-        x_bhte = _split_heads(self.rows(name, x_bti), heads)
-        self._gram(name, x_bhte.transpose(0, 1).flatten(1, 2))
+        self._gram(name, _split_heads(self.rows(x_bti), heads))
 
     def keys(self, name: str, k_bti: Tensor, heads: int) -> None:
         """Add the keys' moments, plain and centred over the tokens of each sample.
@@ -55,20 +56,22 @@ class Recorder:
         Softmax ignores what is constant over the keys of a query, so the centred moment is the one
         that counts.
         """
+        rows_bti = self.rows(k_bti)
         if self._counting is None:
-            mean_b1i = k_bti.float().mean(1, keepdim=True)
+            centred_bti = rows_bti - k_bti.mean(1, keepdim=True, dtype=torch.float32)
         else:
             own_bt1 = self._counting.unsqueeze(-1)
             mean_b1i = (own_bt1 * k_bti.float()).sum(1, keepdim=True) / own_bt1.sum(1, keepdim=True)
-        centred_bti = k_bti - mean_b1i.to(k_bti.dtype)
-        self.heads_moment(name, k_bti, heads)
-        self.heads_moment(f"{name}_centred", centred_bti, heads)
+            centred_bti = self.rows(k_bti - mean_b1i)
+        self._gram(name, _split_heads(rows_bti, heads))
+        self._gram(f"{name}_centred", _split_heads(centred_bti, heads))
 
     def moment(self, name: str, x_bti: Tensor) -> None:
         """Add the full second moment and the mean magnitude of x (batch, tokens, i)."""
-        x_ni = self.rows(name, x_bti).flatten(0, 1)
+        x_ni = self.rows(x_bti).flatten(0, 1)
         self._gram(name, x_ni)
-        self._add(f"{name}_magnitude", x_ni.abs().sum(0, dtype=torch.float32), x_ni.shape[0])
+        magnitude_i = torch.linalg.vector_norm(x_ni, 1, 0, dtype=torch.float32)
+        self._add(f"{name}_magnitude", magnitude_i, x_ni.shape[0])
 
     def output(self, name: str, y: Tensor) -> None:
         """Add what a layer puts out, y (batch, tokens, o) or (batch, o, height, width).
@@ -77,7 +80,7 @@ class Recorder:
         """
         channels = 1 if y.ndim == 4 else y.ndim - 1
         others = [axis for axis in range(y.ndim) if axis != channels]
-        self._add(name, y.sum(others, dtype=self.dtype), y.numel() // y.shape[channels])
+        self._add(name, y.sum(others, dtype=torch.float32), y.numel() // y.shape[channels])
 
     def influence(self, name: str, x_bti: Tensor, y_bti: Tensor) -> None:
         """Add 1 - cos(x, y) over tokens: how much a block turns its input (block influence).
@@ -86,15 +89,16 @@ class Recorder:
         """
         if x_bti.ndim == 4 and y_bti.ndim == 4:
             x_bti, y_bti = x_bti.flatten(2).mT, y_bti.flatten(2).mT
+        if x_bti.ndim == y_bti.ndim == 3:
+            x_bti, y_bti = self.rows(x_bti), self.rows(y_bti)
+        count = y_bti[..., 0].numel()
         if x_bti.shape != y_bti.shape:
-            self._add(name, y_bti.new_full((1,), y_bti[..., 0].numel()), y_bti[..., 0].numel())
+            self._add(name, y_bti.new_full((1,), count), count)
             return
-        cosine_n = torch.cosine_similarity(x_bti.float(), y_bti.float(), dim=-1).flatten()
-        if self._counting is not None:
-            cosine_n = cosine_n[self._counting.flatten()]
-        self._add(name, (1 - cosine_n).sum().reshape(1), cosine_n.numel())
+        cosine_bt = torch.cosine_similarity(x_bti.float(), y_bti.float(), dim=-1)
+        self._add(name, (1 - cosine_bt).sum().reshape(1), count)
 
-    def rows(self, name: str, x_bti: Tensor) -> Tensor:
+    def rows(self, x_bti: Tensor) -> Tensor:
         """At most `tokens_per_sample` tokens of x (fewer where x is wide), the same every run.
 
         Where some are padding, the others of all samples are joined to one.
@@ -108,33 +112,28 @@ class Recorder:
         tokens = x_bti.shape[1]
         if tokens <= kept:
             return x_bti
-        order = torch.randperm(tokens, generator=self._chance(name))
-        return x_bti.index_select(1, order[:kept].sort().values.to(x_bti.device))
+        return x_bti.index_select(1, self._subset(tokens, kept, x_bti.device))
 
     def lags(self, name: str, x_bcyx: Tensor) -> None:
         """Add the autocovariances of a feature map x (batch, c, height, width) under `name`.
 
         Whole images enter, since autocovariances of a subset of the pixels need not be those of
         any image; but only so many that about as many pixels do as `rows` would take of each. The
-        first call always adds one. Products of one image are float32.
+        first call always adds one. Products of one call are float32.
         """
-        self._watch(name, x_bcyx)
         batch, channels, height, width = x_bcyx.shape
-        first = name not in self.statistics.sums
-        chance = self._chance(name)
+        if name not in self.statistics.sums:
+            sums = x_bcyx.new_zeros((len(LAGS), channels, channels), dtype=self.dtype)
+            self.statistics.add(name, sums, 0.0)
         share = min(1.0, self._kept(LAGS_AS_WIDE * channels) / (height * width))
-        count = int(share * batch + float(torch.rand((), generator=chance)))
-        if first:
-            shape = (len(LAGS), channels, channels)
-            self.statistics.add(name, x_bcyx.new_zeros(shape, dtype=self.dtype), 0.0)
-        chosen = torch.randperm(batch, generator=chance)[: max(count, int(first))].tolist()
-        for row in chosen:
-            add_autocovariances(
-                x_bcyx[row : row + 1],
-                lambda lag, a, b: self.statistics.add_product(name, lag, a, b, self.weight),
-                torch.float32,
-            )
-        self.statistics.weights[name] += self.weight * len(chosen) * height * width
+        count = int(share * batch + self._chance("images").random())
+        if not self.statistics.weights[name]:
+            count = max(count, 1)
+        if not count:
+            return
+        if count < batch:
+            x_bcyx = x_bcyx.index_select(0, self._subset(batch, count, x_bcyx.device))
+        self._add(name, autocovariances(x_bcyx, torch.float32), count * height * width)
 
     def begin_call(self, arguments: dict[str, Any], mask_bt: Tensor | None = None) -> None:
         """Offer the inputs of a denoiser call to the probes.
@@ -152,9 +151,13 @@ class Recorder:
             SlimdiffError: an activation was NaN or infinite; names the module.
         """
         self.statistics.calls += 1
-        suspects, self._suspects = self._suspects, {}
-        if suspects and not torch.stack(list(suspects.values())).isfinite().all():
-            bad = next(name for name, value in suspects.items() if not value.isfinite())
+        self._places.clear()
+        watched = self._watched
+        if not watched:
+            return
+        largest = torch.stack(torch._foreach_norm(list(watched.values()), math.inf))
+        if not largest.isfinite().all():
+            bad = next(n for n, own in watched.items() if not own.isfinite().all())
             raise SlimdiffError(
                 f"{bad}: activation is NaN or infinite in denoiser call "
                 f"{self.statistics.calls}; run in float32 or bfloat16, or check the weights"
@@ -163,11 +166,20 @@ class Recorder:
     def _kept(self, width: int) -> int:
         return min(self.tokens_per_sample, max(32, WIDE_BUDGET // width))
 
-    def _chance(self, name: str) -> torch.Generator:
-        """Chance that is the same in every run, for one statistic in one call."""
-        text = f"{self.seed}/{self.statistics.calls}/{name.removesuffix('_centred')}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+    def _subset(self, among: int, count: int, device: torch.device) -> Tensor:
+        """So many places of so many, ascending; the same for all layers of a call.
+
+        Drawn on the CPU, so that every device gets the same, and moved once a call.
+        """
+        key = (self.statistics.calls, among, count)
+        if key not in self._places:
+            chosen = self._chance(f"{among}/{count}").sample(range(among), count)
+            self._places[key] = torch.tensor(sorted(chosen), device=device)
+        return self._places[key]
+
+    def _chance(self, name: str) -> random.Random:
+        """Chance that is the same in every run, of its own for each name in each call."""
+        return random.Random(f"{self.seed}/{self.statistics.calls}/{name}")
 
     def flush(self) -> None:
         """Add what waits; the statistics are complete after it."""
@@ -179,9 +191,12 @@ class Recorder:
 
         Reading and writing a sum of 5120 by 5120 costs more than the products of few rows.
         """
-        self._watch(name, x_ne)
+        if x_ne.numel() == 0:
+            raise SlimdiffError(f"{name}: the activation has zero tokens; expected at least one")
         if x_ne.ndim > 2 or x_ne.shape[-1] < WIDE:
             self.statistics.add_gram(name, x_ne, self.weight, self.dtype)
+            if name not in self._watched:
+                self._watched[name] = self.statistics.sums[name].diagonal(dim1=-2, dim2=-1)
             return
         waiting = self._waiting.setdefault(name, [])
         waiting.append((x_ne.detach().clone(), self.weight))
@@ -195,14 +210,14 @@ class Recorder:
             self.statistics.add_gram(name, x_ne, weight, self.dtype)
 
     def _add(self, name: str, total: Tensor, rows: int) -> None:
-        self._watch(name, total)
-        self.statistics.add(name, self.weight * total.to(self.dtype), self.weight * rows)
-
-    def _watch(self, name: str, x: Tensor) -> None:
-        if x.numel() == 0:
+        if not rows:
             raise SlimdiffError(f"{name}: the activation has zero tokens; expected at least one")
-        self._suspects[name] = x.sum(dtype=torch.float32)
+        if name not in self.statistics.sums:
+            self.statistics.add(name, torch.zeros_like(total, dtype=self.dtype), 0.0)
+        self.statistics.add(name, total, self.weight * rows, self.weight)
+        self._watched[name] = self.statistics.sums[name]
 
 
 def _split_heads(x_bti: Tensor, heads: int) -> Tensor:
-    return x_bti.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """x (heads, n, e) of x (batch, tokens, heads * e)."""
+    return x_bti.reshape(-1, heads, x_bti.shape[2] // heads).transpose(0, 1)

@@ -62,40 +62,33 @@ class Statistics:
     seen: Probes = field(default_factory=lambda: Probes(SEEN_POINTS))
     held_out: bool = False
 
-    def add(self, name: str, total: Tensor, weight: float) -> None:
-        """Add a sum and its weight to what `name` holds."""
-        if name in self.sums:
-            self.sums[name] += total
-        else:
-            self.sums[name] = total.clone()
+    def add(self, name: str, total: Tensor, weight: float, factor: float = 1.0) -> None:
+        """Add `factor` times a sum, and its weight, to what `name` holds."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(total)
+        self.sums[name].add_(total, alpha=factor)
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def add_gram(self, name: str, x_ne: Tensor, weight: float, dtype: torch.dtype) -> None:
-        """Add `weight` times x^T x, (..., e, e), of x (..., n, e).
+        """Add `weight` times x^T x, (e, e), of x (n, e), or a matrix for each of x (h, n, e).
 
-        Sums are of `dtype`. On a CPU so are the products, straight into the sum; elsewhere the
-        products of one call are float32, with a relative rounding of at most n * 6e-8.
+        Sums are of `dtype`. The products of one call are float32 (float64 of float64 rows): their
+        relative rounding is at most n * 6e-8.
         """
         rows, width = x_ne.shape[-2:]
+        if x_ne.dtype not in (torch.float32, torch.float64):
+            x_ne = x_ne.float()
         if name not in self.sums:
             shape = (*x_ne.shape[:-2], width, width)
             self.sums[name] = torch.zeros(shape, dtype=dtype, device=x_ne.device)
-        total_hee, x_hne = self.sums[name].view(-1, width, width), x_ne.reshape(-1, rows, width)
-        if x_ne.device.type == "cpu":
-            x_hne = x_hne.to(dtype)
-            total_hee.baddbmm_(x_hne.mT, x_hne, alpha=weight)
+        total = self.sums[name]
+        if total.dtype == x_ne.dtype:
+            add_product = total.addmm_ if x_ne.ndim == 2 else total.baddbmm_
+            add_product(x_ne.mT, x_ne, alpha=weight)
         else:
-            x_hne = x_hne.float()
-            total_hee.add_((x_hne.mT @ x_hne).to(dtype), alpha=weight)
+            product = torch.mm if x_ne.ndim == 2 else torch.bmm
+            total.add_(product(x_ne.mT, x_ne), alpha=weight)
         self.weights[name] = self.weights.get(name, 0.0) + weight * rows
-
-    def add_product(self, name: str, index: int, a_nc: Tensor, b_nc: Tensor, factor: float) -> None:
-        """Add `factor` times a^T b, (c, c), to matrix `index` of what `name` holds.
-
-        The product is of the dtype of a and b: in float32 its relative rounding is at most
-        n * 6e-8.
-        """
-        self.sums[name][index].add_((a_nc.mT @ b_nc).to(self.sums[name].dtype), alpha=factor)
 
     def mean(self, name: str) -> Tensor:
         """The mean of `name` in float64.

@@ -6,7 +6,7 @@ never modified, but the moments are kept by reference until the maps have been a
 """
 
 from slimdiff.decompose.attention import QueryKey, ValueOutput, query_key, value_output
-from slimdiff.decompose.autocovariance import LAGS, add_autocovariances
+from slimdiff.decompose.autocovariance import LAGS, autocovariances
 from slimdiff.decompose.decomposition import Decomposition
 from slimdiff.decompose.effective import (
     effective_convolution,
@@ -43,7 +43,7 @@ __all__ = [
     "QueryKey",
     "ResNetChannels",
     "ValueOutput",
-    "add_autocovariances",
+    "autocovariances",
     "definite_damping",
     "effective_convolution",
     "effective_down",

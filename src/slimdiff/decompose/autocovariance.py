@@ -7,13 +7,14 @@ E[a(p + s) a(p + t)^T] = R(t - s), so that 13 matrices of C by C stand for (9 C)
 Shape letters: `c` channels, `l` the 13 lags, `w` the 5 frequencies, `n` flattened positions.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LAGS = [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy > 0 or dx >= 0]
 """Distances (rows, columns) in one half plane; R(-d) = R(d)^T gives the others."""
+
+ROWS_OF_LAGS = [[lag for lag in LAGS if lag[0] == dy] for dy in range(3)]
 
 TAPS = [(y, x) for y in range(3) for x in range(3)]
 """Order of the taps, that of a flattened kernel."""
@@ -25,23 +26,24 @@ MULTIPLICITY = [1, 2, 2, 2, 2]
 """How many of the nine frequencies each of `FREQUENCIES` stands for."""
 
 
-def add_autocovariances(
-    x_bcyx: Tensor, add: Callable[[int, Tensor, Tensor], None], dtype: torch.dtype
-) -> None:
-    """Call `add(lag, x_nc, shifted_nc)` so that the sums of x^T shifted are 13 autocovariances.
+def autocovariances(x_bcyx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of a(p) a(p + d)^T over the positions p of all images, (13, c, c): one matrix a lag d.
 
     The map counts as zero outside, which keeps the moment positive semidefinite.
     """
-    height, width = x_bcyx.shape[-2:]
-    # Two columns and two rows of zeros behind each image: a lag is an offset into a flat array.
-    padded_bcyx = torch.nn.functional.pad(x_bcyx.to(dtype), (0, 2, 0, 2))
-    flat_nc = padded_bcyx.permute(0, 2, 3, 1).reshape(-1, x_bcyx.shape[1])
-    positions = len(flat_nc) - 2 * (width + 2)
-    for lag, (dy, dx) in enumerate(LAGS):
-        offset = dy * (width + 2) + dx
-        if dy < height and abs(dx) < width:
-            count = min(positions, len(flat_nc) - offset)
-            add(lag, flat_nc[:count], flat_nc[offset : offset + count])
+    channels, width = x_bcyx.shape[1], x_bcyx.shape[3]
+    # Two columns and two rows of zeros behind each image: a lag is an offset into a flat array, and
+    # those of one row follow each other there.
+    padded_byxc = pad(x_bcyx.to(dtype).permute(0, 2, 3, 1), (0, 0, 0, 2, 0, 2))
+    flat_nc = padded_byxc.contiguous().flatten(0, 2)
+    positions = len(flat_nc) - 2 * (width + 2) - 2
+    products = []
+    for lags in ROWS_OF_LAGS:
+        (dy, dx), shape = lags[0], (positions, len(lags) * channels)
+        offset = (dy * (width + 2) + dx) * channels
+        shifted_nd = flat_nc.as_strided(shape, (channels, 1), flat_nc.storage_offset() + offset)
+        products.append(flat_nc[:positions].mT @ shifted_nd)
+    return torch.cat(products, 1).view(channels, len(LAGS), channels).transpose(0, 1)
 
 
 def autocovariance(lags_lcc: Tensor, dy: int, dx: int) -> Tensor:
