@@ -14,6 +14,7 @@ from peers import PEERS, Job, at_macs, deepcache, weight_bytes
 from peers.job import fuse_upsamplers_, removable, seconds_spared
 from slimdiff import costs
 from slimdiff.config import TRANSFORMER
+from slimdiff.denoiser import denoiser_of
 from slimdiff.widths import measure_curves
 from trial import BATCH, Size, Trial
 
@@ -23,6 +24,9 @@ MANY = 512
 """Test prompts of the dense row and of the headline, whose accuracies are compared to a point."""
 
 SHARES = (0.20, 0.41, 0.60, 0.75)
+PRINTED = ("error_on_probes", "error_interval", "error_guided", "error_on_seen", "refit")
+"""Figures of a plan that are compared with what the trial measures."""
+
 TIMED_ROWS = 16
 """Rows of a call whose speed is asked for, eight images with guidance: of two rows so small a model
 spends much of its time between the layers."""
@@ -63,12 +67,15 @@ class Bench:
 
     def calibrated(self, weights: str) -> slimdiff.Statistics:
         """Statistics of the calibration prompts, kept in the work folder."""
-        config = slimdiff.CalibrationConfig(
+        folder, config = self.work / weights, self._config(weights)
+        return slimdiff.calibrate(self.pipe, self.texts, config, checkpoint=folder)
+
+    def _config(self, weights: str) -> slimdiff.CalibrationConfig:
+        return slimdiff.CalibrationConfig(
             batch_size=BATCH,
             timestep_weights=weights,  # type: ignore[arg-type]  # one of the two
             **self.sampling,
         )
-        return slimdiff.calibrate(self.pipe, self.texts, config, checkpoint=self.work / weights)
 
     def curves(
         self, recipe: str, allocation: str, layers: tuple[str, ...] | None
@@ -104,6 +111,25 @@ class Bench:
 
         unet, more, top = peak_of(make)
         return {"unet": unet, "seconds": round(seconds + more, 1), "peak_mib": max(peak, top)}
+
+    def compressed(self, budget: slimdiff.Budget, **options: Any) -> dict[str, Any]:
+        """A slim denoiser as `slimdiff.compress` makes it, from the statistics that are kept.
+
+        Its seconds are those without the calibration.
+        """
+        pipe = self.trial.with_denoiser(self.trial.copy_of_denoiser())
+        config = self._config("uniform")
+        kept: dict[str, Any] = {"config": config, "checkpoint": self.work / "uniform"}
+
+        def make() -> Any:
+            plan = slimdiff.compress(pipe, self.texts, budget, **kept, **options)
+            return plan.figures
+
+        figures, _, peak = peak_of(make)
+        seconds = sum(own for stage, own in figures["seconds"].items() if stage != "calibrate")
+        printed = {name: figures[name] for name in PRINTED if name in figures}
+        unet = denoiser_of(pipe)[1]
+        return {"unet": unet, "seconds": round(seconds, 1), "peak_mib": peak, "printed": printed}
 
     def peer(self, name: str, remove: int, layers: tuple[str, ...] = TRANSFORMER) -> dict[str, Any]:
         """A slim denoiser by a peer, and what it took to make, as if nothing had been kept."""
@@ -190,4 +216,5 @@ class Bench:
             "bytes": weight_bytes(unet),
             "seconds": made["seconds"],
             "peak_mib": made["peak_mib"],
+            **({"printed": made["printed"]} if "printed" in made else {}),
         }

@@ -21,8 +21,9 @@ WIDE_BUDGET = 2**18
 WIDE, WAITING_ROWS = 1024, 512
 """Layers of this width or more wait with their rows until there are so many."""
 
-LAGS_AS_WIDE = 4
-"""13 autocovariances cost what the Gram matrix of a layer about four times as wide does."""
+LAGS_AS_WIDE, SHARE_OF_PIXELS = 4, 0.5
+"""13 autocovariances cost what the Gram matrix of a layer about four times as wide does; half as
+many pixels as tokens enter."""
 
 
 class Recorder:
@@ -125,7 +126,8 @@ class Recorder:
         if name not in self.statistics.sums:
             sums = x_bcyx.new_zeros((len(LAGS), channels, channels), dtype=self.dtype)
             self.statistics.add(name, sums, 0.0)
-        share = min(1.0, self._kept(LAGS_AS_WIDE * channels) / (height * width))
+        pixels = SHARE_OF_PIXELS * self._kept(LAGS_AS_WIDE * channels)
+        share = min(1.0, pixels / (height * width))
         count = int(share * batch + self._chance("images").random())
         if not self.statistics.weights[name]:
             count = max(count, 1)
