@@ -33,6 +33,7 @@ from slimdiff.rewrite import rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.upsamplers import fused_for
 from slimdiff.widths import allocate, measure_curves
+from slimdiff.wrapped import refuse_replaced
 
 Progress = Callable[[str, int, int], None]
 
@@ -161,6 +162,7 @@ def _refuse_impossible(
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
     budget: Budget | None = how["budget"]
+    refuse_replaced(denoiser)
     check_heal(how["heal"], prompts, name)
     check_refit(how["refit"], name, len(prompts))
     if earlier_record(denoiser) is not None:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.calls import bound
+from slimdiff.executed import Executed
 from slimdiff.families import family_of, groups_of
 from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
 from slimdiff.probes import Probes
 from slimdiff.recorder import Recorder
 from slimdiff.removal import mean_name, why_it_stays
 from slimdiff.statistics import Statistics
+from slimdiff.wrapped import refuse_wrapped
 
 
 @contextlib.contextmanager
@@ -56,7 +58,9 @@ def record(
             none but a few to compare with.
 
     Raises:
-        SlimdiffError: unknown denoiser; NaN or infinity in an activation (names the module).
+        SlimdiffError: unknown denoiser; NaN or infinity in an activation (names the module);
+            something stands over the denoiser (a cache, FreeU, offloading of single layers), or
+            skips layers in some of its calls.
     """
     with recording(
         denoiser,
@@ -84,13 +88,17 @@ def recording(
     held_out: bool = False,
 ) -> Iterator[Recorder]:
     """As `record`, but yields the recorder, whose `weight` a loop can set."""
+    refuse_wrapped(denoiser)
     groups = groups_of(denoiser) if groups is None else groups
     if statistics is None:
         statistics = Statistics(type(denoiser).__name__, Probes(num_probes, seed))
     recorder = Recorder(statistics, seed=seed, tokens_per_sample=tokens_per_sample, dtype=dtype)
     recorder.reservoir = _reservoir(statistics, held_out)
-    handles = [denoiser.register_forward_pre_hook(_begin(recorder, denoiser), with_kwargs=True)]
+    executed = Executed(denoiser, groups)
+    begin = _begin(recorder, denoiser, executed)
+    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True), *executed.handles]
     try:
+        handles.append(denoiser.register_forward_hook(lambda *_: executed.end()))
         if not held_out:
             handles.extend(_hook_layers(recorder, denoiser, groups))
         with torch.inference_mode():
@@ -123,11 +131,12 @@ def _sources(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if first[group.kind, group.source or group.name] is group]
 
 
-def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
+def _begin(recorder: Recorder, denoiser: nn.Module, executed: Executed) -> Callable[..., None]:
     signature, text = inspect.signature(denoiser.forward), family_of(denoiser).text
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = bound(signature, args, kwargs)
+        executed.begin(arguments)
         recorder.begin_call(arguments, arguments.get("attention_mask") if text else None)
 
     return hook

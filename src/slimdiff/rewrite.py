@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.families import groups_of
+from slimdiff.forwards import let_classes_speak_, refuse_hidden
 from slimdiff.groups import FACTORED, Group, stem
 from slimdiff.heads import kept_heads
 from slimdiff.layers import Layer, factors_of, layer_at, weight_of
@@ -21,6 +23,7 @@ from slimdiff.recipes import check_statistics, maps_of
 from slimdiff.removal import check_removed, remove_layers_
 from slimdiff.shapes import joined, slim_config
 from slimdiff.statistics import Statistics
+from slimdiff.wrapped import refuse_offloaded
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -49,8 +52,10 @@ def rewrite(
 
     Raises:
         SlimdiffError: the plan or the statistics belong to another model; it is slim, and carries
-            no plan and maps.
+            no plan and maps; something stands over it (a cache, FreeU, offloading), or over the
+            forward of a layer that gets another.
     """
+    refuse_offloaded(denoiser)
     earlier = earlier_record(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
@@ -58,13 +63,23 @@ def rewrite(
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     config = slim_config(denoiser, groups, plan.entries, plan.fused)
+    refuse_hidden(denoiser, _changing(denoiser, config))
     config = joined(settings(denoiser).get("slimdiff"), config)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, config)
+    let_classes_speak_(denoiser)
     record = SlimRecord(plan, maps)
     record = record if earlier is None else composed(earlier, record)
     denoiser.slim_record = record  # type: ignore[assignment]  # no tensor
     return denoiser
+
+
+def _changing(denoiser: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Paths of the modules whose class changes under a slim config."""
+    parts = ("constants", "factored", "attentions", "fused_upsamplers")
+    paths = [path for part in parts for path in config.get(part, {})]
+    fused = [f"{path}.conv" for path in config.get("fused_upsamplers", {})]
+    return ["", *paths, *fused]
 
 
 def slim_groups_(
