@@ -178,6 +178,7 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
         rows == 2 * units,
         columns=columns,
         output=output,
+        text=spec.text,
     )
 
 
