@@ -4,7 +4,7 @@ forwards that stay."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -14,6 +14,9 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.wrapped import described, is_own_forward, replaced_forward
 
 Forward = Callable[..., Any]
+
+CHANGING = ("constants", "factored", "attentions", "fused_upsamplers")
+"""Parts of a slim config that name modules whose class changes."""
 
 
 @contextlib.contextmanager
@@ -39,17 +42,23 @@ def replacing(
                 vars(module)["forward"] = own
 
 
-def refuse_hidden(denoiser: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse replaced forwards on modules whose class is to change: they would hide the new one's.
+def refuse_hidden(denoiser: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse replaced forwards on modules whose class changes: they would hide the new one's.
+
+    Args:
+        denoiser: as it is before.
+        config: what it is to become, as `shapes.slim_config` makes it.
 
     Raises:
         SlimdiffError: names the module and the function.
     """
-    for path in paths:
+    paths = [path for part in CHANGING for path in config.get(part, {})]
+    fused = [f"{path}.conv" for path in config.get("fused_upsamplers", {})]
+    for path in ["", *paths, *fused]:
         if (forward := replaced_forward(denoiser.get_submodule(path))) is not None:
             raise SlimdiffError(
-                f"{path}: {described(forward)}, but slimming gives the layer another; "
-                f"`del module.forward` first, and replace it again on the slim model"
+                f"{path or type(denoiser).__name__}: {described(forward)}, but slimming gives the "
+                f"layer another; `del module.forward` first, and replace it again on the slim model"
             )
 
 

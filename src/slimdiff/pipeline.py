@@ -50,6 +50,7 @@ def compress(
     allocation: str | None = None,
     tied: bool = True,
     multiple: int = 8,
+    head_multiple: int = 1,
     temperature: float = 0.3,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
@@ -66,8 +67,7 @@ def compress(
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
 
     Args:
-        pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
-        prompts: calibration prompts; a few hundred of the kind that the model will be given.
+        pipe, prompts: a diffusers pipeline, dense or slim; a few hundred prompts as its users give.
         budget, plan: what may stay, or the widths to use. Recipe to layers, saving: see `allocate`.
         component, config: a text encoder to slim instead, of its own budget; how to sample.
         refit, heal: see `slimdiff.refit` (None: where that pays), `slimdiff.heal` (in minutes).
@@ -80,7 +80,7 @@ def compress(
     denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
-    finer["remove_layers"] = remove_layers
+    finer |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
     told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
@@ -182,7 +182,8 @@ def _refuse_impossible(
             )
         allocation = how["allocation"] or recipe.allocation
         may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
-        settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
+        widths = (how["tied"], how["multiple"], how["temperature"], may_go)
+        settings = Allocation(allocation, *widths, head_multiple=how["head_multiple"])
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         fused = fused_for(denoiser, groups, budget.metric)
         costs = costs_.measure(denoiser, groups, call, fused, saving)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from slimdiff.heads import kept_heads
 from slimdiff.layers import Layer, factors_of, layer_at, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import check_statistics, maps_of
-from slimdiff.removal import check_removed, remove_layers_
+from slimdiff.removal import check_removed, remove_layers_, tell_of_self_attention
 from slimdiff.shapes import joined, slim_config
 from slimdiff.statistics import Statistics
 from slimdiff.wrapped import refuse_offloaded
@@ -63,23 +62,16 @@ def rewrite(
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     config = slim_config(denoiser, groups, plan.entries, plan.fused)
-    refuse_hidden(denoiser, _changing(denoiser, config))
+    refuse_hidden(denoiser, config)
     config = joined(settings(denoiser).get("slimdiff"), config)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, config)
     let_classes_speak_(denoiser)
+    tell_of_self_attention(denoiser)
     record = SlimRecord(plan, maps)
     record = record if earlier is None else composed(earlier, record)
     denoiser.slim_record = record  # type: ignore[assignment]  # no tensor
     return denoiser
-
-
-def _changing(denoiser: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """Paths of the modules whose class changes under a slim config."""
-    parts = ("constants", "factored", "attentions", "fused_upsamplers")
-    paths = [path for part in parts for path in config.get(part, {})]
-    fused = [f"{path}.conv" for path in config.get("fused_upsamplers", {})]
-    return ["", *paths, *fused]
 
 
 def slim_groups_(
