@@ -203,3 +203,41 @@ def test_a_mask_of_ones_changes_nothing() -> None:
     expected = means(recorded(model, none))
     for key, value in means(recorded(model, ones)).items():
         torch.testing.assert_close(value, expected[key], msg=key)
+
+
+def test_masks_of_every_shape() -> None:
+    real = torch.tensor([[True, False], [True, True]])
+    bias = torch.where(real, 0.0, -10000.0)
+    for mask in (
+        real,
+        real.long(),
+        real.half(),
+        real[:, None],
+        bias[:, None],
+        bias[:, None].half(),
+    ):
+        counting = Counting.of(mask)
+        assert counting is not None and torch.equal(counting.mask_bt, real)
+    assert Counting.of(real[:, None, None]) is None, "of queries and keys: not known"
+    assert Counting.of(torch.ones(2, 3, 3)) is None
+
+
+def test_a_call_that_breaks_off_leaves_nothing_for_the_next() -> None:
+    """Streams are joined when all have run; half of a call must not be joined to the next."""
+    model, calls = padded("qwen_image")
+    expected = means(recorded(model, calls))
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with slimdiff.record(model, num_probes=0, tokens_per_sample=4096) as statistics:
+        handle = model.transformer_blocks[1].attn.add_v_proj.register_forward_hook(stop)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(**calls[0])
+        handle.remove()
+        for name in list(statistics.sums):  # what the half of a call added
+            del statistics.sums[name], statistics.weights[name]
+        for call in calls:
+            model(**call)
+    for key, value in means(statistics).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)

@@ -326,6 +326,25 @@ def test_a_compression_that_stops_leaves_everything_as_it_was() -> None:
 
 
 @PLAIN
+def test_a_compression_leaves_nothing_behind() -> None:
+    """The denoiser is slim; everything else is as it was, in every component."""
+    pipe = tiny_pipeline()
+    pipe.unet.train()
+    pipe(PROMPTS[0], num_inference_steps=1, output_type="latent")
+    pipe.scheduler.set_timesteps(2)
+    before = {name: state_of(getattr(pipe, name)) for name in ("text_encoder", "vae")}
+    scheduler = dict(pipe.scheduler.config)
+    dtypes = {parameter.dtype for parameter in pipe.unet.parameters()}
+    slimdiff.compress(pipe, PROMPTS, slimdiff.Budget(params=0.5), config=CONFIG)
+    assert before == {name: state_of(getattr(pipe, name)) for name in before}
+    assert dict(pipe.scheduler.config) == scheduler
+    assert dtypes == {parameter.dtype for parameter in pipe.unet.parameters()}
+    for module in pipe.unet.modules():
+        assert module.training and "forward" not in vars(module)
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+@PLAIN
 def test_hooks_that_move_nothing_stay_and_run_the_slim_layers() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 

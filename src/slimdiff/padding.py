@@ -48,9 +48,10 @@ class Counting:
         A bias (batch, 1, tokens) is a mask too. Where all tokens of a sample are masked, attention
         is over all of them alike: they count.
         """
-        if mask is None or mask.ndim not in (2, 3):
+        if mask is None or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[1] != 1):
             return None
-        mask_bt = mask.flatten(0, 1) > LOWEST if mask.ndim == 3 else mask.bool()
+        is_bias = mask.ndim == 3 and mask.dtype != torch.bool
+        mask_bt = (mask > LOWEST if is_bias else mask.bool()).flatten(0, -2)
         mask_bt = mask_bt | ~mask_bt.any(1, keepdim=True)
         index_n = mask_bt.flatten().nonzero().squeeze(1)
         return None if len(index_n) == mask_bt.numel() else cls(mask_bt, index_n)
@@ -118,7 +119,9 @@ class Padding:
         key = tuple((part is None, x.shape[1]) for part, x in zip(parts, streams, strict=True))
         if key not in self._joined:
             masks = [
-                x.new_ones(x.shape[:2], dtype=torch.bool) if part is None else part.mask_bt
+                x.new_ones(x.shape[:2], dtype=torch.bool)
+                if part is None
+                else part.mask_bt.to(x.device)
                 for part, x in zip(parts, streams, strict=True)
             ]
             self._joined[key] = Counting.of(torch.cat(masks, 1))

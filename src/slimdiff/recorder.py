@@ -62,7 +62,7 @@ class Recorder:
         if self._counting is None:
             mean_b1i = k_bti.float().mean(1, keepdim=True)
         else:
-            own_bt1 = self._counting.mask_bt.unsqueeze(-1)
+            own_bt1 = self._counting.mask_bt.unsqueeze(-1).to(k_bti.device)
             mean_b1i = (own_bt1 * k_bti.float()).sum(1, keepdim=True) / own_bt1.sum(1, keepdim=True)
         centred_bti = k_bti - mean_b1i.to(k_bti.dtype)
         self.heads_moment(name, k_bti, heads)
@@ -97,7 +97,7 @@ class Recorder:
             return
         cosine_n = torch.cosine_similarity(x_bti.float(), y_bti.float(), dim=-1).flatten()
         if self._counting is not None:
-            cosine_n = cosine_n[self._counting.index_n]
+            cosine_n = cosine_n[self._counting.index_n.to(cosine_n.device)]
         self._add(name, (1 - cosine_n).sum().reshape(1), cosine_n.numel())
 
     def rows(self, name: str, x_bti: Tensor) -> Tensor:

@@ -29,19 +29,19 @@ def on_outputs(
 
     The streams of joint attention are one sequence to its softmax.
     """
-    seen: list[Tensor] = []
-    counting: list[Counting | None] = []
+    seen: dict[str, tuple[Tensor, Counting | None]] = {}
 
     def hook(role: str, out_bti: Tensor) -> None:
-        seen.append(out_bti)
-        counting.append(counting_of(recorder, group, role, out_bti))
+        if role in seen:  # the call before was broken off
+            seen.clear()
+        seen[role] = (out_bti, counting_of(recorder, group, role, out_bti))
         if len(seen) < len(roles):
             return
         assert recorder.padding is not None, "`recording` sets it"
-        with recorder.only(recorder.padding.joined(counting, seen)):
-            add(torch.cat(seen, 1) if len(seen) > 1 else out_bti)
+        outputs, counting = zip(*seen.values(), strict=True)
+        with recorder.only(recorder.padding.joined(counting, outputs)):
+            add(torch.cat(outputs, 1) if len(outputs) > 1 else out_bti)
         seen.clear()
-        counting.clear()
 
     return [
         denoiser.get_submodule(group.paths[role]).register_forward_hook(
