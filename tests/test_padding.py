@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import slimdiff
 from slimdiff.padding import Counting
+from slimdiff.signatures import _sketched
 from tiny_models import TINY_MODELS, Inputs
 
 LENGTHS = (3, 6)
@@ -241,3 +242,15 @@ def test_a_call_that_breaks_off_leaves_nothing_for_the_next() -> None:
             model(**call)
     for key, value in means(statistics).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_a_signature_of_a_prompt_does_not_depend_on_those_beside_it() -> None:
+    model, calls = padded("qwen_image")
+    groups = slimdiff.groups_of(model)
+    with torch.no_grad(), _sketched(model, groups, 64, 0) as batch:
+        model(**calls[0])
+    for row in range(2):
+        with torch.no_grad(), _sketched(model, groups, 64, 0) as single:
+            model(**alone(calls[0], row))
+        for whole, own in zip(batch, single, strict=True):
+            torch.testing.assert_close(whole[row : row + 1], own, rtol=1e-4, atol=1e-5)

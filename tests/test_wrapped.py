@@ -218,6 +218,34 @@ def test_classes_of_token_merging_are_refused_by_name() -> None:
     run(model, calls)
 
 
+def test_teacache_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script sets attributes of the class, and puts a forward there."""
+    model, calls = TINY_MODELS["flux"]()
+    monkeypatch.setattr(type(model), "enable_teacache", True, raising=False)
+    with pytest.raises(SlimdiffError, match="TeaCache.*enable_teacache"):
+        run(model, calls)
+    monkeypatch.setattr(type(model), "enable_teacache", False)
+    run(model, calls)
+
+
+def test_a_hook_that_remembers_calls_is_refused_whatever_its_name() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Own(ModelHook):
+        _is_stateful = True
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            return module
+
+    model, calls = TINY_MODELS["wan"]()
+    registry = HookRegistry.check_if_exists_or_initialize(model.blocks[0])
+    registry.register_hook(Own(), "mine")
+    with pytest.raises(SlimdiffError, match=r'blocks\.0: a hook that remembers.*"mine"'):
+        run(model, calls)
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook("mine", recurse=True)
+    run(model, calls)
+
+
 def test_a_cache_that_nobody_knows_is_found_by_the_layers_that_it_skips() -> None:
     """As TeaCache does: the class's forward is another, and reuses what the last call put out."""
     model, calls = TINY_MODELS["sd3"]()

@@ -47,7 +47,10 @@ OTHERS = {
 PACKAGES = {
     "DeepCache": ("DeepCache", "call helper.disable(), or load the model again"),
     "tomesd": ("token merging (tomesd)", "call tomesd.remove_patch(pipe)"),
-    "cache_dit": ("cache-dit", "call cache_dit.disable_cache(pipe)"),
+    "cache_dit": (
+        "cache-dit",
+        "call cache_dit.disable_cache(pipe), or load the pipeline again if forwards stay",
+    ),
     "para_attn": ("ParaAttention", "load the pipeline again without its adapters"),
     "tgate": ("T-GATE", "load the pipeline again without it"),
     "hidiffusion": ("HiDiffusion", "call hidiffusion.remove_hidiffusion(pipe)"),
