@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimdiff
-from slimdiff.calibrate import WHOLE, held_out, schedule, step_weight
+from slimdiff.calibrate import WHOLE, held_out, schedule
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.steps import step_weight
 from tiny_pipeline import image, tiny_pipeline
 
 CONFIG = slimdiff.CalibrationConfig(num_inference_steps=2, batch_size=1, guidance_scale=3.0)
@@ -217,3 +218,31 @@ def test_impossible_budget_says_the_smallest_possible() -> None:
     pipe = tiny_pipeline()
     with pytest.raises(slimdiff.SlimdiffError, match="smallest possible is"):
         slimdiff.compress(pipe, PROMPTS[:1], slimdiff.Budget(params=0.01), config=CONFIG)
+
+
+def test_a_pipeline_that_guides_by_a_negative_prompt_is_given_one(pipe: Any) -> None:
+    """Qwen-Image is not guided without: the half that sees no prompt would never be recorded."""
+    given: list[Any] = []
+
+    class Guided:
+        unet = pipe.unet
+
+        def __call__(
+            self,
+            prompt: list[str],
+            num_inference_steps: int,
+            generator: Any,
+            negative_prompt: list[str] | None = None,
+            true_cfg_scale: float = 4.0,
+        ) -> None:
+            given.append(negative_prompt)
+            pipe(prompt=prompt, num_inference_steps=num_inference_steps, output_type="latent")
+
+    class Distilled(Guided):
+        def __call__(self, prompt: list[str], true_cfg_scale: float = 1.0, **more: Any) -> None:
+            super().__call__(prompt, **more)
+
+    config = replace(CONFIG, batch_size=2)
+    assert slimdiff.calibrate(Guided(), PROMPTS[:1], config).probes.guidance == 4.0
+    slimdiff.calibrate(Distilled(), PROMPTS[:1], config)
+    assert given == [[" "], None]

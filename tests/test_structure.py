@@ -28,6 +28,7 @@ VOCABULARY = {
     "shapes",
     "statistics",
     "statistics_file",
+    "wrapped",
 }
 # What a module (or the modules of a folder) may import of slimdiff, wherever in the file.
 MAY_IMPORT = {

@@ -7,14 +7,11 @@ ends with bit-identical statistics.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import itertools
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,17 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.probes import Probes
 from slimdiff.record import recording
-from slimdiff.recorder import Recorder
 from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.steps import Steps, weighing
 from slimdiff.sweep import sweep_timesteps
 
 Progress = Callable[[str, int, int], None]
 
 WHOLE = 16
 """The first of so many batches runs through all denoising steps."""
+
+EMPTY = " "
+"""The negative prompt that Qwen-Image's makers recommend where there is none."""
 
 COMPARED_PROMPTS = 16
 MOST_HELD_OUT = 32
@@ -87,7 +87,8 @@ def calibrate(
     first = next(number for number, own in enumerate(runs) if not own.held_out)
     for number, own in enumerate(runs[statistics.batches :], start=statistics.batches):
         recorder = recording(denoiser, groups, statistics, *settings, held_out=own.held_out)
-        with recorder as adding, _step_weights(adding, denoiser, config, own.steps):
+        steps = Steps(pipe, own.steps) if config.timestep_weights == "log" else None
+        with recorder as adding, weighing(adding, denoiser, steps):
             if not own.compared:
                 adding.reservoir = None
             run(pipe, [prompts[place] for place in own.prompts], own, config)
@@ -168,14 +169,6 @@ def _guidance(pipe: Any, config: CalibrationConfig) -> float | None:
     return float(scale) if isinstance(scale, int | float) else None
 
 
-def step_weight(step: int, steps: int, lowest: float = 0.5, highest: float = 1.5) -> float:
-    """Log-decreasing weight of denoising step 1..steps (OBS-Diff, eq. 4); `highest` at step 1."""
-    if steps == 1:
-        return highest
-    position = math.log(max(steps - step + 1, 1)) / math.log(steps)
-    return lowest + (highest - lowest) * position
-
-
 def _start(
     denoiser: nn.Module,
     prompts: Sequence[str],
@@ -244,13 +237,15 @@ def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConf
         torch.Generator().manual_seed(config.seed * 1_000_003 + place) for place in run.prompts
     ]
     known = inspect.signature(pipe.__call__).parameters
-    optional = {
+    optional: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
         "height": config.height,
         "width": config.width,
         "max_sequence_length": config.max_sequence_length,
         "output_type": "latent",
     }
+    if "negative_prompt" in known and _guided_by_prompt(known):
+        optional["negative_prompt"] = [EMPTY] * len(prompts)
     pipe(
         prompt=list(prompts),
         num_inference_steps=run.steps,
@@ -259,27 +254,13 @@ def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConf
     )
 
 
+def _guided_by_prompt(known: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a pipeline guides by default, but only if it is given a negative prompt."""
+    scale = known.get("true_cfg_scale")
+    return scale is not None and isinstance(scale.default, int | float) and scale.default > 1
+
+
 def _encode(pipe: Any, prompts: Sequence[str], _: Run, config: CalibrationConfig) -> None:
     from slimdiff.evaluate.sampling import encode
 
     encode(pipe, prompts, **config.sampling)
-
-
-@contextlib.contextmanager
-def _step_weights(
-    recorder: Recorder, denoiser: nn.Module, config: CalibrationConfig, whole: int
-) -> Iterator[None]:
-    """Set the recorder's weight before each denoiser call of one pipeline run."""
-    steps = itertools.count(1)
-
-    def weigh(*_: object) -> None:
-        recorder.weight = step_weight(next(steps), whole)
-
-    if config.timestep_weights == "uniform":
-        yield
-        return
-    handle = denoiser.register_forward_pre_hook(weigh)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -91,7 +91,7 @@ class FeedForward:
 
     `depth` is a depthwise convolution between `up` and `down`, which are then 1 by 1 convolutions.
     `gate` is the linear of the gates where they have one of their own; a model of that class
-    without gates calls its only inward linear `plain`.
+    without gates calls its only inward linear `plain`. `text`: its tokens are those of the text.
     """
 
     path: str
@@ -100,6 +100,7 @@ class FeedForward:
     depth: str = ""
     gate: str = ""
     plain: str = ""
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Family:
         inputs: maps the denoiser's config to the shapes of one forward's arguments (batch 1).
         kept: what does not shrink -> why, for the reader.
         text: it is a text encoder: it gets token ids, padding where an `attention_mask` is 0.
+        mask: the argument that is 0, or a bias far below 0, for padding of the text.
     """
 
     denoiser: str
@@ -185,6 +187,7 @@ class Family:
     inputs: Callable[[Mapping[str, Any]], Shapes]
     kept: Mapping[str, str] = field(default_factory=dict)
     text: bool = False
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Group:
         output: place of the hidden states in what the block returns.
         source: what its statistics are named after, if not the layer: several groups share them.
         largest: the largest width that saves anything, if not the one below the dense one.
-        unscaled, tied, fixed_heads: see `Attention`.
+        unscaled, tied, fixed_heads, text: see `Attention` and `FeedForward`.
         upsampler: module path of the upsampler whose convolution the layer is.
         query_width: channels per head of its layer's queries; 0 for what is no attention.
         dense_width: what `width` was before the denoiser was slimmed; 0 if it was not.
@@ -231,6 +234,7 @@ class Group:
     upsampler: str = ""
     query_width: int = 0
     dense_width: int = 0
+    text: bool = False
 
     @property
     def inner(self) -> int:

@@ -29,6 +29,7 @@ from slimdiff.healing.teacher import Teacher, split
 from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
+from slimdiff.wrapped import refuse_offloaded
 
 __all__ = ["HealConfig", "HealResult", "heal"]
 
@@ -159,6 +160,8 @@ def _check_pair(dense: nn.Module, slim: nn.Module) -> None:
             "the slim denoiser is the dense one itself; compress a copy (copy.deepcopy), or load "
             "both"
         )
+    for model in (dense, slim):
+        refuse_offloaded(model)
     there, here = next(slim.parameters()).device, next(dense.parameters()).device
     if there != here:
         raise SlimdiffError(

@@ -33,6 +33,7 @@ from slimdiff.rewrite import rewrite
 from slimdiff.statistics import Statistics
 from slimdiff.upsamplers import fused_for
 from slimdiff.widths import allocate, measure_curves
+from slimdiff.wrapped import refuse_replaced
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,6 +50,7 @@ def compress(
     allocation: str | None = None,
     tied: bool = True,
     multiple: int = 8,
+    head_multiple: int = 1,
     temperature: float = 0.3,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
@@ -65,8 +67,7 @@ def compress(
     """Slim the denoiser of `pipe` in place, and return the plan with its figures.
 
     Args:
-        pipe: a diffusers pipeline; budget and plan begin at what its denoiser is, dense or slim.
-        prompts: calibration prompts; a few hundred of the kind that the model will be given.
+        pipe, prompts: a diffusers pipeline, dense or slim; a few hundred prompts as its users give.
         budget, plan: what may stay, or the widths to use. Recipe to layers, saving: see `allocate`.
         component, config: a text encoder to slim instead, of its own budget; how to sample.
         refit, heal: see `slimdiff.refit` (None: where that pays), `slimdiff.heal` (in minutes).
@@ -79,7 +80,7 @@ def compress(
     denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
-    finer["remove_layers"] = remove_layers
+    finer |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
     told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
@@ -161,6 +162,7 @@ def _refuse_impossible(
     """Raise for what cannot work before minutes are spent on calibration."""
     name, denoiser = component_of(pipe, component)
     budget: Budget | None = how["budget"]
+    refuse_replaced(denoiser)
     check_heal(how["heal"], prompts, name)
     check_refit(how["refit"], name, len(prompts))
     if earlier_record(denoiser) is not None:
@@ -180,7 +182,8 @@ def _refuse_impossible(
             )
         allocation = how["allocation"] or recipe.allocation
         may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
-        settings = Allocation(allocation, how["tied"], how["multiple"], how["temperature"], may_go)
+        widths = (how["tied"], how["multiple"], how["temperature"], may_go)
+        settings = Allocation(allocation, *widths, head_multiple=how["head_multiple"])
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         fused = fused_for(denoiser, groups, budget.metric)
         costs = costs_.measure(denoiser, groups, call, fused, saving)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import family_of
+from slimdiff.forwards import replacing
 from slimdiff.guided import Predictions, interval
 from slimdiff.probes import Probes
 
@@ -172,12 +173,7 @@ class Probed:
 
     @contextlib.contextmanager
     def _skipping(self, i: int, stages: Sequence[str]) -> Iterator[None]:
-        modules = [self.denoiser.get_submodule(path) for path in stages]
-        for path, module in zip(stages, modules, strict=True):
-            output = self.kept[i][path]
-            module.forward = lambda *_args, _output=output, **_kwargs: _output
-        try:
+        kept = self.kept[i]
+        modules = {path: self.denoiser.get_submodule(path) for path in stages}
+        with replacing(modules, lambda path, _own: lambda *_args, **_kwargs: kept[path]):
             yield
-        finally:
-            for module in modules:
-                del module.forward

@@ -32,6 +32,7 @@ from slimdiff.layer_timing import (
 from slimdiff.profile import Profile, digest, read, write
 from slimdiff.removal import removable_layers
 from slimdiff.upsamplers import fusable
+from slimdiff.wrapped import refuse_replaced
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,6 +57,7 @@ def profile(
             same.
         progress: called with ("profile", layers done, layers in all).
     """
+    refuse_replaced(denoiser)
     machine = _machine(denoiser, call) | {"multiple": multiple}
     path = None if folder is None else Path(folder) / f"profile-{digest(machine)}.json"
     layers: dict[str, list[Group]] = {}

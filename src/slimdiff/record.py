@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.calls import bound
-from slimdiff.families import family_of, groups_of
+from slimdiff.executed import Executed
+from slimdiff.families import groups_of
 from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
+from slimdiff.padding import Padding
 from slimdiff.probes import Probes
 from slimdiff.recorder import Recorder
 from slimdiff.removal import mean_name, why_it_stays
 from slimdiff.statistics import Statistics
+from slimdiff.streams import counting_of, on_outputs
+from slimdiff.wrapped import refuse_wrapped
 
 
 @contextlib.contextmanager
@@ -43,8 +47,8 @@ def record(
         with slimdiff.record(denoiser, statistics=statistics): ...        # the others
 
     Args:
-        denoiser: any denoiser or text encoder of a known family; it is not changed. Where a text
-            encoder is given an attention mask, the padding does not count.
+        denoiser: any denoiser or text encoder of a known family; it is not changed. Where it is
+            given a mask of its text, padding that it does not look at does not count.
         groups: what to record for; all groups of the denoiser by default.
         statistics: adds to these instead of starting from nothing.
         seed: chooses token rows and probes.
@@ -56,7 +60,9 @@ def record(
             none but a few to compare with.
 
     Raises:
-        SlimdiffError: unknown denoiser; NaN or infinity in an activation (names the module).
+        SlimdiffError: unknown denoiser; NaN or infinity in an activation (names the module);
+            something stands over the denoiser (a cache, FreeU, offloading of single layers), or
+            skips layers in some of its calls.
     """
     with recording(
         denoiser,
@@ -84,13 +90,18 @@ def recording(
     held_out: bool = False,
 ) -> Iterator[Recorder]:
     """As `record`, but yields the recorder, whose `weight` a loop can set."""
+    refuse_wrapped(denoiser)
     groups = groups_of(denoiser) if groups is None else groups
     if statistics is None:
         statistics = Statistics(type(denoiser).__name__, Probes(num_probes, seed))
     recorder = Recorder(statistics, seed=seed, tokens_per_sample=tokens_per_sample, dtype=dtype)
     recorder.reservoir = _reservoir(statistics, held_out)
-    handles = [denoiser.register_forward_pre_hook(_begin(recorder, denoiser), with_kwargs=True)]
+    executed, recorder.padding = Executed(denoiser, groups), Padding(denoiser, groups)
+    begin = _begin(recorder, denoiser, executed)
+    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += executed.handles + recorder.padding.handles
     try:
+        handles.append(denoiser.register_forward_hook(lambda *_: executed.end()))
         if not held_out:
             handles.extend(_hook_layers(recorder, denoiser, groups))
         with torch.inference_mode():
@@ -123,12 +134,13 @@ def _sources(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if first[group.kind, group.source or group.name] is group]
 
 
-def _begin(recorder: Recorder, denoiser: nn.Module) -> Callable[..., None]:
-    signature, text = inspect.signature(denoiser.forward), family_of(denoiser).text
+def _begin(recorder: Recorder, denoiser: nn.Module, executed: Executed) -> Callable[..., None]:
+    signature = inspect.signature(denoiser.forward)
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = bound(signature, args, kwargs)
-        recorder.begin_call(arguments, arguments.get("attention_mask") if text else None)
+        executed.begin(arguments)
+        recorder.begin_call(arguments)
 
     return hook
 
@@ -140,12 +152,12 @@ def _hook_query_key(recorder: Recorder, denoiser: nn.Module, group: Group) -> li
     def add_keys(k_bti: Tensor) -> None:
         recorder.keys(f"{group.layer}/k", k_bti, group.heads)
 
-    queries, keys = ([group.paths[role] for role in group.streams(kind)] for kind in ("q", "k"))
+    queries, keys = (group.streams(kind) for kind in ("q", "k"))
     if getattr(denoiser.get_submodule(group.layer), SECOND_STREAM["out"], None) is None:
         queries = queries[:1]  # what the second stream asks is thrown away
     return [
-        *_on_outputs(denoiser, queries, add_queries),
-        *_on_outputs(denoiser, keys, add_keys),
+        *on_outputs(recorder, denoiser, group, queries, add_queries),
+        *on_outputs(recorder, denoiser, group, keys, add_keys),
     ]
 
 
@@ -153,9 +165,8 @@ def _hook_value_output(recorder: Recorder, denoiser: nn.Module, group: Group) ->
     def add_values(v_bti: Tensor) -> None:
         recorder.heads_moment(f"{group.layer}/v", v_bti, group.heads)
 
-    values = [group.paths[role] for role in group.streams("v")]
     return [
-        *_on_outputs(denoiser, values, add_values),
+        *on_outputs(recorder, denoiser, group, group.streams("v"), add_values),
         *(_on_input(recorder, denoiser, group, role, "z") for role in group.streams("out")),
         *_on_mean(recorder, denoiser, group),
     ]
@@ -174,7 +185,8 @@ def _on_input(recorder: Recorder, denoiser: nn.Module, group: Group, role: str, 
 
     def hook(_module: nn.Module, args: tuple) -> None:
         x_bti = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
-        recorder.moment(f"{group.layer}/{what}", x_bti[..., columns])
+        with recorder.only(counting_of(recorder, group, role, x_bti)):
+            recorder.moment(f"{group.layer}/{what}", x_bti[..., columns])
 
     return denoiser.get_submodule(group.paths[role]).register_forward_pre_hook(hook)
 
@@ -183,26 +195,13 @@ def _on_mean(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]
     """Add what the group's layer puts out, if its mean can stand in for it."""
     if why_it_stays(denoiser, group) is not None:
         return []
-    last = denoiser.get_submodule(group.paths[OUTPUTS[group.kind]])
-    return [last.register_forward_hook(lambda _m, _i, y: recorder.output(mean_name(group), y))]
+    role = OUTPUTS[group.kind]
 
+    def hook(_module: nn.Module, _args: tuple, y: Tensor) -> None:
+        with recorder.only(counting_of(recorder, group, role, y)):
+            recorder.output(mean_name(group), y)
 
-def _on_outputs(
-    denoiser: nn.Module, paths: Sequence[str], add: Callable[[Tensor], None]
-) -> list[Any]:
-    """Hand on the tokens that the linears at `paths` put out in one call, joined.
-
-    The streams of joint attention are one sequence to its softmax.
-    """
-    seen: list[Tensor] = []
-
-    def hook(_module: nn.Module, _args: tuple, out_bti: Tensor) -> None:
-        seen.append(out_bti)
-        if len(seen) == len(paths):
-            add(torch.cat(seen, 1) if len(seen) > 1 else out_bti)
-            seen.clear()
-
-    return [denoiser.get_submodule(path).register_forward_hook(hook) for path in paths]
+    return [denoiser.get_submodule(group.paths[role]).register_forward_hook(hook)]
 
 
 def _hook_resnet(recorder: Recorder, denoiser: nn.Module, group: Group) -> list[Any]:

@@ -5,8 +5,10 @@ No activation is kept: each call adds one Gram matrix per statistic to a sum and
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from slimdiff.decompose import LAGS, autocovariances
 from slimdiff.errors import SlimdiffError
+from slimdiff.padding import Counting, Padding
 from slimdiff.probes import Probes
 from slimdiff.statistics import Statistics
 
@@ -42,7 +45,8 @@ class Recorder:
         self.dtype = dtype
         self.weight = 1.0
         self.reservoir: Probes | None = statistics.probes
-        self._counting: Tensor | None = None  # (batch, tokens): which are no padding; None: all
+        self._counting: Counting | None = None  # which tokens are no padding; None: all
+        self.padding: Padding | None = None
         self._watched: dict[str, Tensor] = {}
         self._places: dict[tuple[int, int, int], Tensor] = {}
         self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
@@ -61,7 +65,7 @@ class Recorder:
         if self._counting is None:
             centred_bti = rows_bti - k_bti.mean(1, keepdim=True, dtype=torch.float32)
         else:
-            own_bt1 = self._counting.unsqueeze(-1)
+            own_bt1 = self._counting.mask_bt.unsqueeze(-1).to(k_bti.device)
             mean_b1i = (own_bt1 * k_bti.float()).sum(1, keepdim=True) / own_bt1.sum(1, keepdim=True)
             centred_bti = self.rows(k_bti - mean_b1i)
         self._gram(name, _split_heads(rows_bti, heads))
@@ -77,8 +81,10 @@ class Recorder:
     def output(self, name: str, y: Tensor) -> None:
         """Add what a layer puts out, y (batch, tokens, o) or (batch, o, height, width).
 
-        All tokens or pixels enter, so that the mean of each channel is known.
+        All tokens but padding, or all pixels, enter, so that the mean of each channel is known.
         """
+        if self._counting is not None and self._counting.fits(y):
+            y = self._counting.pick(y)
         channels = 1 if y.ndim == 4 else y.ndim - 1
         others = [axis for axis in range(y.ndim) if axis != channels]
         self._add(name, y.sum(others, dtype=torch.float32), y.numel() // y.shape[channels])
@@ -109,7 +115,7 @@ class Recorder:
         kept = self._kept(x_bti.shape[2])
         if self._counting is not None:
             kept *= len(x_bti)
-            x_bti = x_bti[self._counting].unsqueeze(0)
+            x_bti = self._counting.pick(x_bti)
         tokens = x_bti.shape[1]
         if tokens <= kept:
             return x_bti
@@ -137,12 +143,19 @@ class Recorder:
             x_bcyx = x_bcyx.index_select(0, self._subset(batch, count, x_bcyx.device))
         self._add(name, autocovariances(x_bcyx, torch.float32), count * height * width)
 
-    def begin_call(self, arguments: dict[str, Any], mask_bt: Tensor | None = None) -> None:
-        """Offer the inputs of a denoiser call to the probes.
+    @contextlib.contextmanager
+    def only(self, counting: Counting | None) -> Iterator[None]:
+        """Have only these tokens count of what is added inside; None: as they count in all."""
+        before = self._counting
+        self._counting = before if counting is None else counting
+        try:
+            yield
+        finally:
+            self._counting = before
 
-        `mask_bt` (batch, tokens) is 0 for padding, which does not count.
-        """
-        self._counting = None if mask_bt is None or bool(mask_bt.all()) else mask_bt.bool()
+    def begin_call(self, arguments: dict[str, Any]) -> None:
+        """Offer the inputs of a denoiser call to the probes, and look for padding among them."""
+        self._counting = None if self.padding is None else self.padding.begin(arguments)
         if self.reservoir is not None:
             self.reservoir.offer(arguments)
 

@@ -32,6 +32,7 @@ from slimdiff.refitting.rows import inputs_at, picked
 from slimdiff.refitting.sites import changed, tensors_in
 from slimdiff.refitting.targets import Targets
 from slimdiff.refitting.weights import add_, inputs_of, rank_kept, restore_, saved
+from slimdiff.wrapped import refuse_replaced
 
 Calls = Sequence[Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]
@@ -107,7 +108,7 @@ def refit(
         progress: called with ("refit", layers done, layers in all).
 
     Raises:
-        SlimdiffError: no calls.
+        SlimdiffError: no calls; something stands over one of the denoisers.
     """
     settings = settings or RefitSettings()
     if not calls or not held_out:
@@ -115,6 +116,8 @@ def refit(
             f"got {len(calls)} calls to refit on and {len(held_out)} to judge by; give at least "
             f"one of each, from different prompts"
         )
+    for model in (dense, slim):
+        refuse_replaced(model)
     layers = candidates(dense, slim, groups_of(slim), one_row_of(dict(held_out[0])))
     layers = [layer for layer in layers if settings.inward or not layer.inward]
     job = _Job(dense, slim, layers, calls, held_out, settings, weights)

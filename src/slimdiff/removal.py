@@ -5,6 +5,7 @@ Width 0 of a plan's entry. The error is E|y - E y|^2, and E y comes from the sta
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from slimdiff.groups import OUTPUTS, Group, stem
 from slimdiff.layers import layer_at
 from slimdiff.plan import Plan
 from slimdiff.statistics import Statistics
+
+logger = logging.getLogger(__name__)
 
 
 def why_it_stays(
@@ -131,3 +134,15 @@ def constant_weights(
     weight = layer_at(denoiser, path).weight
     constant = constant_of(denoiser, group, statistics).to(weight.device, weight.dtype)
     return {f"{path}.weight": torch.zeros_like(weight), f"{path}.bias": constant}
+
+
+def tell_of_self_attention(denoiser: nn.Module) -> None:
+    """Say which self-attention layers are gone, since guidance may want to perturb them."""
+    layers = denoiser.named_modules()
+    gone = [path for path, layer in layers if getattr(layer, "was_self_attention", False)]
+    if gone:
+        logger.warning(
+            "warning: %d self-attention layers were removed (%s): guidance that perturbs or skips "
+            "self-attention (PAG) has nothing to act on there; the model card lists them",
+            *(len(gone), ", ".join(gone[:4]) + ", ..." * (len(gone) > 4)),
+        )

@@ -24,6 +24,7 @@ from slimdiff.groups import (
     Shared,
 )
 from slimdiff.layers import FUSED_HINT, convolution_in, linear_in, sides_of, weighted_in
+from slimdiff.wrapped import refuse_wrapped
 
 NATURE = ("unscaled", "tied", "fixed_heads")
 """Said of an attention layer, and of its groups."""
@@ -33,8 +34,10 @@ def resolve(denoiser: nn.Module, family: Family) -> list[Group]:
     """All groups of `denoiser`, in the order of its modules.
 
     Raises:
-        SlimdiffError: no block matches, or a layer is not what the family's data says.
+        SlimdiffError: no block matches, a layer is not what the family's data says, or something
+            stands over the denoiser (see `refuse_wrapped`).
     """
+    refuse_wrapped(denoiser)
     groups: list[Group] = []
     removed = any(_is_removed(module) for module in denoiser.modules())
     for path, block in denoiser.named_modules():
@@ -175,6 +178,7 @@ def _feed_forward_group(block_path: str, block: nn.Module, spec: FeedForward, ou
         rows == 2 * units,
         columns=columns,
         output=output,
+        text=spec.text,
     )
 
 

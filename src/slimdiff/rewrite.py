@@ -13,14 +13,16 @@ from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
 from slimdiff.families import groups_of
+from slimdiff.forwards import let_classes_speak_, refuse_hidden
 from slimdiff.groups import FACTORED, Group, stem
 from slimdiff.heads import kept_heads
 from slimdiff.layers import Layer, factors_of, layer_at, weight_of
 from slimdiff.plan import Entry, Plan, SlimRecord
 from slimdiff.recipes import check_statistics, maps_of
-from slimdiff.removal import check_removed, remove_layers_
+from slimdiff.removal import check_removed, remove_layers_, tell_of_self_attention
 from slimdiff.shapes import joined, slim_config
 from slimdiff.statistics import Statistics
+from slimdiff.wrapped import refuse_offloaded
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -49,8 +51,10 @@ def rewrite(
 
     Raises:
         SlimdiffError: the plan or the statistics belong to another model; it is slim, and carries
-            no plan and maps.
+            no plan and maps; something stands over it (a cache, FreeU, offloading), or over the
+            forward of a layer that gets another.
     """
+    refuse_offloaded(denoiser)
     earlier = earlier_record(denoiser)
     groups = groups_of(denoiser)
     plan.check(groups)
@@ -58,9 +62,12 @@ def rewrite(
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
     config = slim_config(denoiser, groups, plan.entries, plan.fused)
+    refuse_hidden(denoiser, config)
     config = joined(settings(denoiser).get("slimdiff"), config)
     maps = slim_groups_(denoiser, groups, statistics, plan, curves=curves, progress=progress)
     become_slim_(denoiser, config)
+    let_classes_speak_(denoiser)
+    tell_of_self_attention(denoiser)
     record = SlimRecord(plan, maps)
     record = record if earlier is None else composed(earlier, record)
     denoiser.slim_record = record  # type: ignore[assignment]  # no tensor

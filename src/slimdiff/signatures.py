@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimdiff.calls import bound
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate import generate
 from slimdiff.families import groups_of
 from slimdiff.groups import FACTORED, Group, is_inward
+from slimdiff.padding import Counting, Padding
 from slimdiff.prompts import Selection, select
 
 Progress = Callable[[str, int, int], None]
@@ -121,28 +124,41 @@ def _sketched(
     """Yields a list that gets one (batch, features) sketch per group and call."""
     sums: list[Tensor] = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        calls = iter(range(10**9))
+    padding, signature = Padding(denoiser, groups), inspect.signature(denoiser.forward)
+
+    def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        padding.begin(bound(signature, args, kwargs))
+
+    def hook_for(group: Group, role: str) -> Callable[..., None]:
+        name, calls = group.name, iter(range(10**9))
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
-            mean_bi = x.flatten(1, -2).double().mean(1).cpu()
+            mean_bi = _mean(x, padding.of(group, role, x)).cpu()
             mean_bi = mean_bi / mean_bi.norm(dim=1, keepdim=True).clamp_min(1e-12)
             sums.append(sketch(mean_bi, features, f"{seed}/{name}/{next(calls)}"))
 
         return hook
 
-    handles = []
+    handles = [*padding.handles, denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
     for group in (group for group in groups if group.kind not in FACTORED):
-        paths = list(group.paths.values())
-        inner = [path for role, path in group.paths.items() if not is_inward(role)]
-        last = denoiser.get_submodule((inner or paths)[-1])
-        handles.append(last.register_forward_pre_hook(hook_for(group.name)))
+        role = ([own for own in group.paths if not is_inward(own)] or list(group.paths))[-1]
+        last = denoiser.get_submodule(group.paths[role])
+        handles.append(last.register_forward_pre_hook(hook_for(group, role)))
     try:
         yield sums
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mean(x_bti: Tensor, counting: Counting | None) -> Tensor:
+    """Mean over the tokens that count, (batch, channels) float64."""
+    x_bti = x_bti.flatten(1, -2).double()
+    if counting is None:
+        return x_bti.mean(1)
+    own_bt1 = counting.mask_bt.unsqueeze(-1).to(x_bti)
+    return (own_bt1 * x_bti).sum(1) / own_bt1.sum(1)
 
 
 def sketch(x_bi: Tensor, features: int, name: str) -> Tensor:

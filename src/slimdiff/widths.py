@@ -25,6 +25,7 @@ from slimdiff.plan import Plan
 from slimdiff.planning import refuse_unfit
 from slimdiff.prices import remaining, smallest_count
 from slimdiff.statistics import Statistics
+from slimdiff.wrapped import refuse_offloaded
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +45,7 @@ def measure_curves(
     They do not depend on the budget: several plans can be made from the same curves. With `folder`
     they are kept there, and not measured again.
     """
+    refuse_offloaded(denoiser)
     chosen = recipe_named(recipe)
     probed = (allocation or chosen.allocation) == "probed"
     kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
@@ -108,12 +110,12 @@ def allocate(
 
     Raises:
         SlimdiffError: an impossible budget (says the best possible), statistics of another model,
-            an unknown recipe or allocation, a slim denoiser without its plan and maps.
+            an unknown recipe or allocation, a slim denoiser without plan and maps, a cache.
     """
+    refuse_offloaded(denoiser)
     earlier_record(denoiser)
-    chosen = recipe_named(recipe)
-    how = (allocation or chosen.allocation, tied, multiple, temperature)
-    settings = Allocation(*how, head_multiple=head_multiple)
+    how = (allocation or recipe_named(recipe).allocation, tied, multiple, temperature)
+    chosen, settings = recipe_named(recipe), Allocation(*how, head_multiple=head_multiple)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
         curves = measure_curves(

@@ -72,6 +72,7 @@ def compress(
     temperature: own.Temperature = 0.3,
     untied: own.Untied = False,
     multiple: own.Multiple = 8,
+    head_multiple: own.HeadMultiple = 1,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
     refit: own.Refit = None,
@@ -103,14 +104,13 @@ def compress(
     job = _how(plan, budgets, layers, *choices) | {"heal": heal, "refit": refit}
     if low_memory:
         return _stream(where, out, statistics, job, variant)
-    call = models.sampling(where, guidance, text_tokens)
-    call |= {"batch_size": batch_size, "height": height, "width": width, "seed": seed}
-    call |= {"num_probes": num_probes, "timestep_weights": timestep_weights}
-    call |= {"num_inference_steps": steps, "steps_per_prompt": steps_per_prompt}
-    job |= {"config": CalibrationConfig(**call), "remove_layers": remove_layers}
-    page = {"results": outcome.beside(out, "results.json"), "pictures": pictures}
+    call = models.sampling(where, guidance, text_tokens) | {"height": height, "width": width}
+    call |= {"batch_size": batch_size, "num_probes": num_probes, "num_inference_steps": steps}
+    call |= {"steps_per_prompt": steps_per_prompt, "timestep_weights": timestep_weights}
+    job |= {"config": CalibrationConfig(**call, seed=seed)}
+    job |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
     job["checkpoint"] = statistics or outcome.beside(out, "statistics")
-    job |= page if report else {}
+    job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures} if report else {}
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, job["checkpoint"], where.name if report else None)

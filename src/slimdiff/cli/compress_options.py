@@ -61,6 +61,14 @@ Layers = Annotated[
     ),
 ]
 Multiple = Annotated[int, recipe("Widths are multiples of this where they can be.", "--multiple")]
+HeadMultiple = Annotated[
+    int,
+    recipe(
+        "Where attention heads go, as many stay as divide by this: the number of ranks that share "
+        "them.",
+        "--head-multiple",
+    ),
+]
 RemoveLayers = Annotated[
     bool,
     recipe(

@@ -1,4 +1,8 @@
-"""HunyuanDiT2DModel: HunyuanDiT 1.1 and 1.2."""
+"""HunyuanDiT2DModel: HunyuanDiT 1.1 and 1.2.
+
+Its masks are no `mask`: they put a learned vector in the place of padding, and attention looks at
+all tokens.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -33,4 +33,5 @@ FAMILY = Family(
         ),
     ),
     inputs=inputs,
+    mask="encoder_attention_mask",
 )

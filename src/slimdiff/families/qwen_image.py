@@ -26,11 +26,12 @@ FAMILY = Family(
                 Modulation("txt_mod.1"),
                 Attention("attn", fixed_queries=True),
                 FeedForward("img_mlp"),
-                FeedForward("txt_mlp"),
+                FeedForward("txt_mlp", text=True),
             ),
             output=1,
         ),
     ),
     inputs=inputs,
+    mask="encoder_hidden_states_mask",
     kept={"queries and keys": "they are normalised, and rotary positions turn pairs of channels"},
 )

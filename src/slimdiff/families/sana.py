@@ -31,6 +31,7 @@ FAMILY = Family(
         ),
     ),
     inputs=inputs,
+    mask="encoder_attention_mask",
     kept={
         "queries and keys of self-attention": "ReLU acts on every channel: they cannot be mixed",
     },

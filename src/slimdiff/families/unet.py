@@ -36,4 +36,5 @@ FAMILY = Family(
         ),
     ),
     inputs=inputs,
+    mask="encoder_attention_mask",
 )

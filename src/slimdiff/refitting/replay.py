@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimdiff.forwards import replacing
 from slimdiff.refitting.sites import Site, watching
 
 Call = tuple[tuple, dict[str, Any]]
@@ -49,16 +50,10 @@ class Replay:
         """Keep what the modules at `paths` put out, for runs inside; each runs once in a call."""
         modules = {path: self.model.get_submodule(path) for path in paths}
         handles = [self._marking(path) for path in self._pending]
-        own = {path: vars(module).get("forward") for path, module in modules.items()}
-        for path, module in modules.items():
-            module.forward = self._skipping(path, module.forward)
         try:
-            yield
+            with replacing(modules, self._skipping):
+                yield
         finally:
-            for path, module in modules.items():
-                del module.forward
-                if own[path] is not None:  # one that stood in for the class's, as offloading sets
-                    module.forward = own[path]  # type: ignore[assignment]
             for handle in handles:
                 handle.remove()
             self._kept = [{} for _ in self.calls]
