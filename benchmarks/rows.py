@@ -127,8 +127,6 @@ def rows_of_emoji(bench: Bench) -> Iterator[Row]:
     for title, budget in EMOJI_BUDGETS:
         labels = {"group": title}
         yield _compressed(bench, title, labels, budget, "slimdiff")
-        if not budget.speedup:
-            yield _compressed(bench, title, labels, budget, "slimdiff, no refit", refit=False)
         if budget.macs:
             at = functools.partial(bench.peer_at_macs, share=float(budget.macs), fused=True)
         elif budget.params:
@@ -138,10 +136,12 @@ def rows_of_emoji(bench: Bench) -> Iterator[Row]:
         make = functools.partial(at, "obs-diff", layers=LAYERS)
         yield _peer(bench, f"{title}: obs-diff", labels, PEERS["obs-diff"], make)
     for title, budget in EMOJI_BUDGETS:
-        if budget.macs:
+        if not budget.speedup:
+            labels = {"group": title}
+            yield _compressed(bench, title, labels, budget, "slimdiff, no refit", refit=False)
             uniform = {"allocation": "uniform", "refit": False}
             name = "slimdiff, widths uniform, no refit"
-            yield _compressed(bench, title, {"group": title}, budget, name, **uniform)
+            yield _compressed(bench, title, labels, budget, name, **uniform)
 
 
 def _compressed(
