@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from slimdiff import allocate
@@ -29,7 +29,9 @@ class Allocation:
     `removable` holds the paths of layers that may go wholly (size 0), as far as they are bundles;
     with `heads` whole heads may go where curves say what is lost without them; as many stay as
     divide by `head_multiple`, so that as many ranks can share them. Layers that `kept` names
-    (`attention`, `projection`, ...) stay as they are.
+    (`attention`, `projection`, ...) stay as they are. Of like blocks with attention at most
+    `block_kinds` sets of widths are made (None: as many as there are blocks); `alike` says which
+    layers and groups then share one, by a name for all of them.
     """
 
     name: str
@@ -40,14 +42,17 @@ class Allocation:
     heads: bool = False
     kept: frozenset[str] = frozenset()
     head_multiple: int = 1
+    block_kinds: int | None = None
+    alike: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in ("probed", "entropic", "uniform", "threshold"):
             raise SlimdiffError(
                 f"unknown allocation {self.name!r}; known: probed, entropic, uniform, threshold"
             )
-        for name in ("multiple", "head_multiple"):
-            if getattr(self, name) < 1:
+        for name in ("multiple", "head_multiple", "block_kinds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise SlimdiffError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
@@ -68,7 +73,7 @@ class Bundle:
     """Groups that share one size, with what a size means for them.
 
     Attributes:
-        groups: the halves of an attention layer, or one group.
+        groups: the halves of an attention layer, or one group; or those of several like layers.
         by_heads: heads keep the width of their group, whatever the size says.
         sizes: by width, or by price where there are fewer heads; the last is the dense one.
     """
@@ -102,7 +107,8 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
     apart = untied_layers(groups)
     for group in groups:
         tied = recipe.heads or group.tied or (allocation.tied and group.layer not in apart)
-        together.setdefault(group.layer if tied else group.name, []).append(group)
+        name = group.layer if tied else group.name
+        together.setdefault(allocation.alike.get(name, name), []).append(group)
     bundles = []
     for members in together.values():
         first = members[0]
@@ -115,8 +121,9 @@ def bundles_of(groups: Sequence[Group], recipe: Recipe, allocation: Allocation) 
             if by_heads
             else _widths(first, allocation.multiple)
         )
-        whole = len(members) == (2 if LAYERS[first.kind] == "attention" else 1)
-        if allocation.name == "probed" and whole and first.layer in allocation.removable:
+        layers = {group.layer for group in members}
+        whole = len(members) == len(layers) * (2 if LAYERS[first.kind] == "attention" else 1)
+        if allocation.name == "probed" and whole and layers <= allocation.removable:
             sizes = [Size(0, first.heads), *sizes]
         if LAYERS[first.kind] in allocation.kept:
             sizes = sizes[-1:]
@@ -166,7 +173,8 @@ def with_fewer_heads(
         A bundle with sizes by ascending price.
     """
     groups, dense = bundle.groups, bundle.sizes[-1]
-    counts = [n for n in curves[groups[-1].name].by_heads or {} if n % multiple == 0]
+    known = [curves[group.name].by_heads or {} for group in groups]
+    counts = [n for n in known[0] if n % multiple == 0 and all(n in own for own in known)]
     if len(groups) == 1 or not counts:
         return bundle
     widths = [size.width for size in bundle.sizes if size.width]

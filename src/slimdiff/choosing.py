@@ -3,7 +3,8 @@
 A first plan is made from gains that were measured one group at a time. Gains are then scaled to
 what groups lose together, and the plan is made again, until both agree. Last, each thing that the
 plan does (removes layers, removes heads, narrows one kind of layer) is left out once: where the
-plan without it is measured to lose less, it stays out.
+plan without it is measured to lose less, it stays out. Where like blocks are to share widths, they
+are sorted by that plan, and it is made once more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import logging
 from collections.abc import Callable
 
+from slimdiff.block_kinds import alike
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import LAYERS
 from slimdiff.jobs import Job
@@ -49,6 +51,10 @@ def best_of(job: Job, fit: Fit, *, remove: bool = True, progress: Progress | Non
         logger.info("without %s: %.3e, so far %.3e", name, own, score)
         if own < score:
             score, plan, job = own, other, without
+    if job.settings.block_kinds is not None:
+        sharing = alike(job.denoiser, job.groups, plan, job.settings.block_kinds)
+        with_few, plan, job = search.agreed(job.allowing(alike=sharing))
+        logger.info("few kinds of blocks: %.3e, each of its own: %.3e", with_few, score)
     return plan
 
 

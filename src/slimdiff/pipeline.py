@@ -51,6 +51,7 @@ def compress(
     tied: bool = True,
     multiple: int = 8,
     head_multiple: int = 1,
+    block_kinds: int | None = None,
     temperature: float = 0.3,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
@@ -81,6 +82,7 @@ def compress(
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
     finer |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
+    finer |= {"block_kinds": block_kinds}
     told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
@@ -183,7 +185,8 @@ def _refuse_impossible(
         allocation = how["allocation"] or recipe.allocation
         may_go = removable_layers(denoiser, groups) if how["remove_layers"] else frozenset()
         widths = (how["tied"], how["multiple"], how["temperature"], may_go)
-        settings = Allocation(allocation, *widths, head_multiple=how["head_multiple"])
+        few = {name: how[name] for name in ("head_multiple", "block_kinds")}
+        settings = Allocation(allocation, *widths, **few)
         call = one_row_of(first_call(pipe, component=component, **config.sampling))
         fused = fused_for(denoiser, groups, budget.metric)
         costs = costs_.measure(denoiser, groups, call, fused, saving)

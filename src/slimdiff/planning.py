@@ -110,6 +110,11 @@ def refuse_unfit(
             f"recipe {recipe.name} removes whole heads, which have no error curve to probe; "
             f"choose the allocation threshold, uniform or entropic"
         )
+    if allocation.block_kinds is not None and allocation.name != "probed":
+        raise SlimdiffError(
+            f"block_kinds is {allocation.block_kinds}, but the allocation {allocation.name} sorts "
+            f"no blocks; choose the allocation probed, or leave it out"
+        )
     if budget.metric == "latency" and (recipe.heads or not allocation.tied):
         raise SlimdiffError(
             f"{budget.describe()}: layers are timed at tied widths; choose another recipe than "

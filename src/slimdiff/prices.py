@@ -31,11 +31,12 @@ def remaining(costs: Costs, metric: str) -> int:
 
 
 def times(profile: Profile) -> Prices:
-    """Nanoseconds of the whole layer."""
+    """Nanoseconds of the whole layers."""
 
     def price(bundle: Bundle, size: Size) -> int:
-        group = bundle.groups[0]
-        return round(1e9 * profile.of(group.layer, size.width, size.heads / group.heads))
+        share = size.heads / bundle.groups[0].heads
+        layers = dict.fromkeys(group.layer for group in bundle.groups)
+        return round(1e9 * sum(profile.of(layer, size.width, share) for layer in layers))
 
     return price
 

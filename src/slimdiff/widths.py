@@ -77,6 +77,7 @@ def allocate(
     multiple: int = 8,
     temperature: float = 0.3,
     head_multiple: int = 1,
+    block_kinds: int | None = None,
     remove_layers: bool = True,
     layers: Sequence[str] | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
@@ -99,6 +100,8 @@ def allocate(
         temperature: of the entropic allocation.
         head_multiple: where heads go, as many stay as divide by this: the number of ranks that
             share the heads of a layer (Ulysses, tensor parallelism).
+        block_kinds: of like blocks with attention, this many sets of widths at most, so that few
+            graphs have to be compiled (probed allocation).
         remove_layers: let whole layers go, and put out their mean, and whole heads, where that is
             best on the probes.
         layers: what may shrink, such as `attention`; by default all that the recipe knows.
@@ -115,7 +118,8 @@ def allocate(
     refuse_offloaded(denoiser)
     earlier_record(denoiser)
     how = (allocation or recipe_named(recipe).allocation, tied, multiple, temperature)
-    chosen, settings = recipe_named(recipe), Allocation(*how, head_multiple=head_multiple)
+    chosen = recipe_named(recipe)
+    settings = Allocation(*how, head_multiple=head_multiple, block_kinds=block_kinds)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
         curves = measure_curves(

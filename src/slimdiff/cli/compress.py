@@ -73,6 +73,7 @@ def compress(
     untied: own.Untied = False,
     multiple: own.Multiple = 8,
     head_multiple: own.HeadMultiple = 1,
+    block_kinds: own.BlockKinds = None,
     remove_layers: own.RemoveLayers = True,
     layers: own.Layers = None,
     refit: own.Refit = None,
@@ -109,6 +110,7 @@ def compress(
     call |= {"steps_per_prompt": steps_per_prompt, "timestep_weights": timestep_weights}
     job |= {"config": CalibrationConfig(**call, seed=seed)}
     job |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
+    job |= {"block_kinds": block_kinds}
     job["checkpoint"] = statistics or outcome.beside(out, "statistics")
     job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures} if report else {}
     texts = models.prompts(where, prompts, num_prompts, "calibration")

@@ -69,6 +69,13 @@ HeadMultiple = Annotated[
         "--head-multiple",
     ),
 ]
+BlockKinds = Annotated[
+    int | None,
+    recipe(
+        "Of like transformer blocks, this many sets of widths at most: fewer graphs to compile.",
+        "--block-kinds",
+    ),
+]
 RemoveLayers = Annotated[
     bool,
     recipe(
