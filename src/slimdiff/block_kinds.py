@@ -73,18 +73,19 @@ def _clusters(shares: Mapping[str, Shares], most: int) -> list[list[str]]:
     """At most so many clusters: the two whose joining adds the least spread are joined (Ward)."""
     clusters = [[block] for block in shares]
     while len(clusters) > 1:
-        pairs = [(a, b) for b in range(len(clusters)) for a in range(b)]
-        means = [_mean([shares[block] for block in cluster]) for cluster in clusters]
-
-        def added(pair: tuple[int, int]) -> float:
-            n, m = (len(clusters[i]) for i in pair)
-            return n * m / (n + m) * math.dist(*(means[i] for i in pair)) ** 2
-
-        a, b = min(pairs, key=added)
-        if len(clusters) <= most and added((a, b)) > 0:
+        own = [[shares[block] for block in cluster] for cluster in clusters]
+        pairs = ((a, b) for b in range(len(own)) for a in range(b))
+        added, a, b = min((_added(own[a], own[b]), a, b) for a, b in pairs)
+        if len(clusters) <= most and added > 0:
             break
         clusters[a] += clusters.pop(b)
     return clusters
+
+
+def _added(first: Sequence[Shares], second: Sequence[Shares]) -> float:
+    """The squared distances to the mean that joining two clusters adds."""
+    n, m = len(first), len(second)
+    return n * m / (n + m) * math.dist(_mean(first), _mean(second)) ** 2
 
 
 def _mean(points: Sequence[Shares]) -> Shares:

@@ -124,6 +124,8 @@ def _feed_forward(
 ) -> Decomposition | HeadSelection:
     moment = statistics.mean(f"{group.layer}/h")
     damping = _damping(statistics, f"{group.layer}/h", moment)
+    # A factor on the linear part of a gated unit passes into the down projection's columns.
+    homogeneous = recipe.units == "elimination" and (group.gated or "gate" in group.paths)
     if known is not None:
         return decompose.FeedForward(
             errors=known.errors.to(moment.device),
@@ -132,6 +134,7 @@ def _feed_forward(
             moment_ff=moment,
             refit=recipe.refit,
             damping=damping,
+            homogeneous=homogeneous,
         )
     return decompose.feed_forward(
         weight_of(denoiser, group, "down").flatten(1).double(),
@@ -140,6 +143,7 @@ def _feed_forward(
         refit=recipe.refit,
         magnitude_f=statistics.mean(f"{group.layer}/h_magnitude"),
         damping=damping,
+        homogeneous=homogeneous,
     )
 
 

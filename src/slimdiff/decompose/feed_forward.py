@@ -24,6 +24,7 @@ from slimdiff.decompose.linalg import (
     triangular_factor,
     truncation_curve,
 )
+from slimdiff.decompose.scaling import rescaled, scales_of
 
 Order = Literal["elimination", "leverage", "magnitude"]
 
@@ -39,12 +40,14 @@ class FeedForward(Decomposition):
         moment_ff: as it was given.
         refit: whether the coupling is the least-squares one; zeros otherwise.
         damping: the refit's ridge, as a share of the mean diagonal.
+        homogeneous: whether that is the diagonal of units of equal energy (see `feed_forward`).
     """
 
     order_f: Tensor
     moment_ff: Tensor
     refit: bool
     damping: float
+    homogeneous: bool = False
 
     def _identity(self) -> dict[str, Tensor]:
         return {
@@ -58,8 +61,14 @@ class FeedForward(Decomposition):
         if not self.refit:
             return {"units": units_r, "coupling": self.errors.new_zeros(len(removed_t), width)}
         order_f = torch.cat([units_r, removed_t])
-        c_ff = damped(_permuted(self.moment_ff, order_f).double(), self.damping)
-        return {"units": units_r, "coupling": refit_coupling(c_ff, width)}
+        c_ff = _permuted(self.moment_ff, order_f)
+        if not self.homogeneous:
+            c_ff = damped(c_ff.double(), self.damping)
+            return {"units": units_r, "coupling": refit_coupling(c_ff, width)}
+        scale_f = scales_of(c_ff)
+        coupling_tr = refit_coupling(damped(rescaled(c_ff, scale_f), self.damping), width)
+        kept_r, gone_t = scale_f[:width], scale_f[width:]
+        return {"units": units_r, "coupling": gone_t[:, None] * coupling_tr / kept_r}
 
 
 def feed_forward(
@@ -71,6 +80,7 @@ def feed_forward(
     magnitude_f: Tensor | None = None,
     leverage_ridge: float = 1.0,
     damping: float = DAMPING,
+    homogeneous: bool = False,
 ) -> FeedForward:
     """Minimise E|Wd h - Wd' h[units]|^2 over nested sets of units.
 
@@ -86,24 +96,30 @@ def feed_forward(
         magnitude_f: (f,) mean |h|, for order "magnitude".
         leverage_ridge: ridge of the leverage scores, in mean eigenvalues.
         damping: ridge of the refit as a share of the moment's mean diagonal.
+        homogeneous: a factor on a unit can be moved into the columns of `w_down_of`, as where a
+            linear part is multiplied by gates: units are brought to equal energy first, so that
+            nothing depends on such factors.
 
     Raises:
         ValueError: shapes disagree, a value is not finite, the order is unknown or not a
             permutation, or "magnitude" lacks `magnitude_f`.
     """
-    c_ff = _checked(w_down_of, h_moment_ff)
+    c_ff, w_down_of = _checked(w_down_of, h_moment_ff), w_down_of.double()
+    if homogeneous:
+        scale_f = scales_of(c_ff)
+        c_ff, w_down_of = rescaled(c_ff, scale_f), w_down_of * scale_f
     if isinstance(order, Tensor):
         order_f = _checked_order(order, len(c_ff))
     else:
         order_f = unit_order(
             w_down_of,
-            h_moment_ff,
+            c_ff,
             order,
             magnitude_f=magnitude_f,
             leverage_ridge=leverage_ridge,
             damping=damping,
         )
-    w_of = w_down_of.double()[:, order_f]
+    w_of = w_down_of[:, order_f]
     l_ff = triangular_factor(damped(_permuted(c_ff, order_f), damping))
     errors = refit_curve(w_of, l_ff) if refit else truncation_curve(w_of, _permuted(c_ff, order_f))
     return FeedForward(
@@ -113,6 +129,7 @@ def feed_forward(
         moment_ff=h_moment_ff,
         refit=refit,
         damping=damping,
+        homogeneous=homogeneous,
     )
 
 
