@@ -63,7 +63,7 @@ class Recorder:
         """
         rows_bti = self.rows(k_bti)
         if self._counting is None:
-            centred_bti = rows_bti - k_bti.mean(1, keepdim=True, dtype=torch.float32)
+            centred_bti = rows_bti - k_bti.mean(1, keepdim=True, dtype=_summed_in(k_bti))
         else:
             own_bt1 = self._counting.mask_bt.unsqueeze(-1).to(k_bti.device)
             mean_b1i = (own_bt1 * k_bti.float()).sum(1, keepdim=True) / own_bt1.sum(1, keepdim=True)
@@ -75,7 +75,7 @@ class Recorder:
         """Add the full second moment and the mean magnitude of x (batch, tokens, i)."""
         x_ni = self.rows(x_bti).flatten(0, 1)
         self._gram(name, x_ni)
-        magnitude_i = torch.linalg.vector_norm(x_ni, 1, 0, dtype=torch.float32)
+        magnitude_i = torch.linalg.vector_norm(x_ni, 1, 0, dtype=_summed_in(x_ni))
         self._add(f"{name}_magnitude", magnitude_i, x_ni.shape[0])
 
     def output(self, name: str, y: Tensor) -> None:
@@ -87,7 +87,7 @@ class Recorder:
             y = self._counting.pick(y)
         channels = 1 if y.ndim == 4 else y.ndim - 1
         others = [axis for axis in range(y.ndim) if axis != channels]
-        self._add(name, y.sum(others, dtype=torch.float32), y.numel() // y.shape[channels])
+        self._add(name, y.sum(others, dtype=_summed_in(y)), y.numel() // y.shape[channels])
 
     def influence(self, name: str, x_bti: Tensor, y_bti: Tensor) -> None:
         """Add 1 - cos(x, y) over tokens: how much a block turns its input (block influence).
@@ -126,7 +126,7 @@ class Recorder:
 
         Whole images enter, since autocovariances of a subset of the pixels need not be those of
         any image; but only so many that about as many pixels do as `rows` would take of each. The
-        first call always adds one. Products of one call are float32.
+        first call always adds one. Products of one call are float32 (float64 of float64).
         """
         batch, channels, height, width = x_bcyx.shape
         if name not in self.statistics.sums:
@@ -141,7 +141,7 @@ class Recorder:
             return
         if count < batch:
             x_bcyx = x_bcyx.index_select(0, self._subset(batch, count, x_bcyx.device))
-        self._add(name, autocovariances(x_bcyx, torch.float32), count * height * width)
+        self._add(name, autocovariances(x_bcyx, _summed_in(x_bcyx)), count * height * width)
 
     @contextlib.contextmanager
     def only(self, counting: Counting | None) -> Iterator[None]:
@@ -236,3 +236,8 @@ class Recorder:
 def _split_heads(x_bti: Tensor, heads: int) -> Tensor:
     """x (heads, n, e) of x (batch, tokens, heads * e)."""
     return x_bti.reshape(-1, heads, x_bti.shape[2] // heads).transpose(0, 1)
+
+
+def _summed_in(x: Tensor) -> torch.dtype:
+    """What sums and products of one call are of: float32, float64 for what is float64."""
+    return torch.promote_types(x.dtype, torch.float32)
