@@ -318,6 +318,18 @@ def test_recording_leaves_everything_as_it_was(name: str) -> None:
     assert state_of(model) == before
 
 
+def test_groups_of_another_model_are_refused_before_anything_is_hooked() -> None:
+    model, _ = TINY_MODELS["sd3"]()
+    before = state_of(model)
+    others = slimdiff.groups_of(TINY_MODELS["sd1"]()[0])
+    with (
+        pytest.raises(SlimdiffError, match="no such module"),
+        slimdiff.record(model, groups=others),
+    ):
+        pass
+    assert state_of(model) == before
+
+
 @PLAIN
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])
 def test_allocating_leaves_everything_as_it_was(name: str) -> None:

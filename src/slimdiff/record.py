@@ -97,10 +97,10 @@ def recording(
     recorder = Recorder(statistics, seed=seed, tokens_per_sample=tokens_per_sample, dtype=dtype)
     recorder.reservoir = _reservoir(statistics, held_out)
     executed, recorder.padding = Executed(denoiser, groups), Padding(denoiser, groups)
-    begin = _begin(recorder, denoiser, executed)
-    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += executed.handles + recorder.padding.handles
+    handles: list[Any] = executed.handles + recorder.padding.handles
     try:
+        begin = _begin(recorder, denoiser, executed)
+        handles.append(denoiser.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(denoiser.register_forward_hook(lambda *_: executed.end()))
         if not held_out:
             handles.extend(_hook_layers(recorder, denoiser, groups))
