@@ -6,14 +6,13 @@ The hooks live inside the `with`; the statistics are the caller's.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimdiff.calls import bound
+from slimdiff.calls import bound, signature_of
 from slimdiff.executed import Executed
 from slimdiff.families import groups_of
 from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
@@ -135,7 +134,7 @@ def _sources(groups: Sequence[Group]) -> list[Group]:
 
 
 def _begin(recorder: Recorder, denoiser: nn.Module, executed: Executed) -> Callable[..., None]:
-    signature = inspect.signature(denoiser.forward)
+    signature = signature_of(denoiser)
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = bound(signature, args, kwargs)
