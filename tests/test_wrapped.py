@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -318,6 +319,18 @@ def test_recording_leaves_everything_as_it_was(name: str) -> None:
     assert state_of(model) == before
 
 
+def test_groups_of_another_model_are_refused_before_anything_is_hooked() -> None:
+    model, _ = TINY_MODELS["sd3"]()
+    before = state_of(model)
+    others = slimdiff.groups_of(TINY_MODELS["sd1"]()[0])
+    with (
+        pytest.raises(SlimdiffError, match="no such module"),
+        slimdiff.record(model, groups=others),
+    ):
+        pass
+    assert state_of(model) == before
+
+
 @PLAIN
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])
 def test_allocating_leaves_everything_as_it_was(name: str) -> None:
@@ -335,6 +348,19 @@ def test_allocating_leaves_everything_as_it_was(name: str) -> None:
     with pytest.raises(RuntimeError, match="probe"):
         slimdiff.allocate(model, statistics, BUDGET, progress=stop)
     assert state_of(model) == before
+
+
+@PLAIN
+def test_a_forward_that_takes_anything_is_recorded_by_the_names_of_the_class() -> None:
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    for module in (pipe.unet, *(m for m in pipe.unet.modules() if hasattr(m, "to_q"))):
+        own = module.forward
+        module.forward = lambda *args, _own=own, **kwargs: _own(*args, **kwargs)
+    log = replace(CONFIG, timestep_weights="log")
+    one, two = (slimdiff.calibrate(p, PROMPTS, log) for p in (pipe, other))
+    assert all(torch.equal(one.sums[name], two.sums[name]) for name in two.sums)
+    assert one.probes.rows.keys() == two.probes.rows.keys()
+    assert slimdiff.allocate(pipe.unet, one, BUDGET) == slimdiff.allocate(other.unet, two, BUDGET)
 
 
 @PLAIN

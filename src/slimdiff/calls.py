@@ -8,12 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PLACE = "#"
 """Begins the name of an item of a list or tuple argument: `image_rotary_emb/#0`."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """Of a module's forward; the class's, where a function that takes anything stands there."""
+    own = inspect.signature(module.forward)
+    if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in own.parameters.values()):
+        return own
+    whole = inspect.signature(type(module).forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def bound(signature: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,13 +29,18 @@ class Executed:
     """
 
     def __init__(self, denoiser: nn.Module, groups: Sequence[Group]) -> None:
+        """Hooks the layers of `groups`.
+
+        Raises:
+            SlimdiffError: the denoiser lacks one; names it.
+        """
+        modules = _modules(denoiser, groups)
         paths = {path for g in groups if g.kind in ALWAYS for path in g.paths.values()}
         self._ran: set[str] = set()
         self._first: dict[str, tuple[int, frozenset[str]]] = {}
         self._signature, self._calls = "", 0
         self.handles = [
-            denoiser.get_submodule(path).register_forward_pre_hook(self._noting(path))
-            for path in sorted(paths)
+            modules[path].register_forward_pre_hook(self._noting(path)) for path in sorted(paths)
         ]
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
@@ -65,3 +70,14 @@ class Executed:
 
     def _noting(self, path: str) -> Any:
         return lambda *_: self._ran.add(path)
+
+
+def _modules(denoiser: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Module]:
+    there = dict(denoiser.named_modules(remove_duplicate=False))
+    paths = {path for group in groups for path in (*group.paths.values(), group.layer, group.block)}
+    if missing := sorted(paths - set(there)):
+        raise SlimdiffError(
+            f"{missing[0]}: {type(denoiser).__name__} has no such module, so the groups are those "
+            f"of another denoiser; give slimdiff.groups_of(denoiser), or leave groups out"
+        )
+    return there

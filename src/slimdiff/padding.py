@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.calls import bound
+from slimdiff.calls import bound, signature_of
 from slimdiff.families import family_of
 from slimdiff.groups import ADDED, LAYERS, SECOND_STREAM, Group, stem
 
@@ -132,7 +132,7 @@ class Padding:
         return masked and self._all_keep_to_it
 
     def _noting(self, path: str, layer: nn.Module) -> Any:
-        signature, keeps = inspect.signature(layer.forward), _keeps_to_masks(layer)
+        signature, keeps = signature_of(layer), _keeps_to_masks(layer)
         joint = getattr(layer, SECOND_STREAM["k"], None) is not None
 
         def note(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -6,14 +6,13 @@ The hooks live inside the `with`; the statistics are the caller's.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimdiff.calls import bound
+from slimdiff.calls import bound, signature_of
 from slimdiff.executed import Executed
 from slimdiff.families import groups_of
 from slimdiff.groups import OUTPUTS, SECOND_STREAM, Group
@@ -97,10 +96,10 @@ def recording(
     recorder = Recorder(statistics, seed=seed, tokens_per_sample=tokens_per_sample, dtype=dtype)
     recorder.reservoir = _reservoir(statistics, held_out)
     executed, recorder.padding = Executed(denoiser, groups), Padding(denoiser, groups)
-    begin = _begin(recorder, denoiser, executed)
-    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += executed.handles + recorder.padding.handles
+    handles: list[Any] = executed.handles + recorder.padding.handles
     try:
+        begin = _begin(recorder, denoiser, executed)
+        handles.append(denoiser.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(denoiser.register_forward_hook(lambda *_: executed.end()))
         if not held_out:
             handles.extend(_hook_layers(recorder, denoiser, groups))
@@ -135,7 +134,7 @@ def _sources(groups: Sequence[Group]) -> list[Group]:
 
 
 def _begin(recorder: Recorder, denoiser: nn.Module, executed: Executed) -> Callable[..., None]:
-    signature = inspect.signature(denoiser.forward)
+    signature = signature_of(denoiser)
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = bound(signature, args, kwargs)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimdiff.calls import bound
+from slimdiff.calls import bound, signature_of
 from slimdiff.denoiser import denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate import generate
@@ -124,7 +123,7 @@ def _sketched(
     """Yields a list that gets one (batch, features) sketch per group and call."""
     sums: list[Tensor] = []
 
-    padding, signature = Padding(denoiser, groups), inspect.signature(denoiser.forward)
+    padding, signature = Padding(denoiser, groups), signature_of(denoiser)
 
     def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         padding.begin(bound(signature, args, kwargs))

@@ -7,7 +7,6 @@ for each half of guidance. What tells is the timestep's place among those of the
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.calls import bound
+from slimdiff.calls import bound, signature_of
 from slimdiff.recorder import Recorder
 
 CONVENTIONS: tuple[Callable[[float, float], float], ...] = (
@@ -102,7 +101,7 @@ def weighing(recorder: Recorder, denoiser: nn.Module, steps: Steps | None) -> It
     if steps is None:
         yield
         return
-    signature = inspect.signature(denoiser.forward)
+    signature = signature_of(denoiser)
 
     def weigh(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         timestep = bound(signature, args, kwargs)["timestep"]

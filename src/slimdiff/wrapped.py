@@ -150,7 +150,7 @@ def _found(denoiser: nn.Module) -> Iterator[Found]:
     for path, module in denoiser.named_modules():
         for name, hook in _diffusers_hooks(module):
             yield from _of_hook(path, name, hook, cached)
-        if all(vars(module).get(name) for name in FREEU):
+        if all(_is_on(vars(module).get(name)) for name in FREEU):
             yield path, "FreeU", "call disable_freeu() of the UNet or the pipeline"
         yield from _of_package(path, module)
     for path, hook in _accelerate_hooks(denoiser):
@@ -212,6 +212,10 @@ def _module_of(forward: Any) -> str | None:
     """Where a function was written, whatever it pretends to wrap."""
     names = getattr(_function(forward), "__globals__", {})
     return names.get("__name__")
+
+
+def _is_on(factor: Any) -> bool:
+    return isinstance(factor, int | float) and bool(factor)
 
 
 def _name(hook: Any) -> str:
