@@ -8,14 +8,12 @@ ends with bit-identical statistics.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ import torch
 from torch import nn
 
 from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import ENCODERS, component_of, settings
+from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
-from slimdiff.probes import Probes
 from slimdiff.record import recording
 from slimdiff.recorder import Recorder
-from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.resuming import started
+from slimdiff.statistics import Statistics
 from slimdiff.sweep import sweep_timesteps
 
 Progress = Callable[[str, int, int], None]
@@ -62,7 +60,8 @@ def calibrate(
         groups: what to record for; all groups by default.
         component: a text encoder, to record that instead: it reads the prompts, nothing is drawn.
         checkpoint: folder that is saved after every batch and resumed from if it holds an
-            unfinished run of the same prompts and configuration.
+            unfinished run of the same prompts, configuration and model; statistics of another
+            model are put aside.
         progress: called with ("calibrate", prompts done, prompts in all).
 
     Raises:
@@ -79,7 +78,7 @@ def calibrate(
             f"timestep_weights is {config.timestep_weights!r}, but {name} sees no timesteps; leave "
             f"it uniform"
         )
-    statistics = _start(denoiser, prompts, config, checkpoint)
+    statistics = started(pipe, component, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
     runs = schedule(len(prompts), config)
@@ -174,69 +173,6 @@ def step_weight(step: int, steps: int, lowest: float = 0.5, highest: float = 1.5
         return highest
     position = math.log(max(steps - step + 1, 1)) / math.log(steps)
     return lowest + (highest - lowest) * position
-
-
-def _start(
-    denoiser: nn.Module,
-    prompts: Sequence[str],
-    config: CalibrationConfig,
-    checkpoint: str | Path | None,
-) -> Statistics:
-    source = _source(denoiser, prompts, config)
-    if checkpoint is None or not (Path(checkpoint) / WEIGHTS_FILE).is_file():
-        probes = Probes(config.num_probes, config.seed)
-        return Statistics(type(denoiser).__name__, probes, source=source)
-    statistics = Statistics.load(checkpoint)
-    if differences := _differences(statistics, source):
-        raise SlimdiffError(
-            f"{checkpoint}: holds statistics of another run ({differences}); give the same prompts "
-            f"and options, name another folder, or delete this one to start over"
-        )
-    logger.info("resuming %s after %d batches", checkpoint, statistics.batches)
-    device = next(denoiser.parameters()).device
-    statistics.sums = {name: total.to(device) for name, total in statistics.sums.items()}
-    return statistics
-
-
-def _differences(statistics: Statistics, source: dict[str, Any]) -> str:
-    """What differs between the run that the statistics are of and this one.
-
-    An option that they do not know is one that was not given.
-    """
-    pairs = {key: (statistics.source.get(key), now) for key, now in source.items()}
-    there, here = pairs.pop("config")
-    pairs |= {key: ((there or {}).get(key), now) for key, now in here.items()}
-    found = [
-        f"other {key.removesuffix('_sha256')}" if key.endswith("_sha256") else f"{key} {a}, not {b}"
-        for key, (a, b) in pairs.items()
-        if a != b
-    ]
-    return "; ".join(found)
-
-
-def _source(
-    denoiser: nn.Module, prompts: Sequence[str], config: CalibrationConfig
-) -> dict[str, Any]:
-    """What identifies a run: two runs with equal sources have equal statistics."""
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    weight = next(denoiser.parameters()).detach().flatten()[:4096].double().cpu()
-    return {
-        "prompts": len(prompts),
-        "prompts_sha256": digest,
-        "denoiser_sha256": hashlib.sha256(weight.numpy().tobytes()).hexdigest(),
-        "denoiser_dtype": str(next(denoiser.parameters()).dtype),
-        "widths_sha256": _slim_digest(denoiser),
-        "config": asdict(config),
-    }
-
-
-def _slim_digest(denoiser: nn.Module) -> str | None:
-    """What tells a slim denoiser from others of the same dense one; None for a dense one."""
-    slim, record = settings(denoiser).get("slimdiff"), getattr(denoiser, "slim_record", None)
-    if not slim:
-        return None
-    text = json.dumps([slim, None if record is None else record.plan.recipe], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConfig) -> None:

@@ -9,7 +9,6 @@ squared dense predictions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any
 from torch import nn
 
 from slimdiff.calibrate import held_out as held_out_places
+from slimdiff.checksums import weights_digest
 from slimdiff.config import CalibrationConfig
 from slimdiff.denoiser import ENCODERS, denoiser_of, settings, standing_in
+from slimdiff.digest import model_digest
 from slimdiff.errors import SlimdiffError
 from slimdiff.healing.config import HealConfig, HealResult
 from slimdiff.healing.run import Healing, Limits
@@ -170,12 +171,10 @@ def _origin(
     teacher: Teacher, slim: nn.Module, config: HealConfig, limits: Limits
 ) -> Mapping[str, Any]:
     """What tells one way to heal from others: two with equal origins go the same way."""
-    weight = next(denoiser_of(teacher.pipe)[1].parameters()).detach().flatten()[:4096]
-    shapes = {name: list(parameter.shape) for name, parameter in slim.named_parameters()}
-    digest = hashlib.sha256(weight.double().cpu().numpy().tobytes()).hexdigest()
     how = asdict(config) | {"save_seconds": None}
     texts = [list(teacher.prompts), list(teacher.held_out), asdict(teacher.sampling)]
-    return {"dense": digest, "slim": shapes, "how": how, "texts": texts, "limits": asdict(limits)}
+    own = {"dense": model_digest(teacher.pipe), "slim": weights_digest(slim)}
+    return own | {"how": how, "texts": texts, "limits": asdict(limits)}
 
 
 def _mark(denoiser: Any, result: HealResult) -> None:

@@ -46,7 +46,8 @@ def measure_curves(
     """
     chosen = recipe_named(recipe)
     probed = (allocation or chosen.allocation) == "probed"
-    kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
+    how: dict[str, Any] = {"probed": probed, "denoiser": denoiser}
+    kept = None if folder is None else CurveFile(folder, statistics, chosen, **how)
     keep = kept.save if kept else None
     groups = groups_of(denoiser, layers or chosen.layers)
     found = error_curves(
