@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimdiff.chance import seeded
 from slimdiff.config import CalibrationConfig
 from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
@@ -176,9 +177,7 @@ def step_weight(step: int, steps: int, lowest: float = 0.5, highest: float = 1.5
 
 
 def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConfig) -> None:
-    generators = [
-        torch.Generator().manual_seed(config.seed * 1_000_003 + place) for place in run.prompts
-    ]
+    seeds = [config.seed * 1_000_003 + place for place in run.prompts]
     known = inspect.signature(pipe.__call__).parameters
     optional = {
         "guidance_scale": config.guidance_scale,
@@ -187,12 +186,14 @@ def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConf
         "max_sequence_length": config.max_sequence_length,
         "output_type": "latent",
     }
-    pipe(
-        prompt=list(prompts),
-        num_inference_steps=run.steps,
-        generator=generators,
-        **{name: value for name, value in optional.items() if value is not None and name in known},
-    )
+    given = {name: value for name, value in optional.items() if value is not None and name in known}
+    with seeded(seeds[0]):
+        pipe(
+            prompt=list(prompts),
+            num_inference_steps=run.steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **given,
+        )
 
 
 def _encode(pipe: Any, prompts: Sequence[str], _: Run, config: CalibrationConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimdiff.calls import bound
+from slimdiff.chance import seeded
 from slimdiff.denoiser import component_of, denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probes
@@ -30,7 +31,8 @@ def generate(
     """One image for each prompt and its seed.
 
     Each image's initial noise comes from a CPU generator of its own, so it is the same whatever the
-    batch size and the device.
+    batch size and the device. What a scheduler draws from the global generators depends on the
+    seeds as well, and on the batch size; the global generators are afterwards as they were before.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -58,13 +60,14 @@ def generate(
     with torch.inference_mode(), _silent(pipe):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            output = pipe(
-                prompt=list(prompts[part]),
-                num_inference_steps=num_inference_steps,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]],
-                output_type=output_type,
-                **optional,
-            )
+            with seeded(seeds[start]):
+                output = pipe(
+                    prompt=list(prompts[part]),
+                    num_inference_steps=num_inference_steps,
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]],
+                    output_type=output_type,
+                    **optional,
+                )
             images.extend(output[0])  # those of a text-to-video pipeline are called frames
     return images
 
