@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff import accounting, costs
+from slimdiff.budget import Saving
 from slimdiff.config import CalibrationConfig
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import component_of
@@ -19,6 +20,7 @@ from slimdiff.picture import base64_png
 from slimdiff.plan import Plan
 from slimdiff.results import Results, called, made_by, write
 from slimdiff.statistics import Statistics
+from slimdiff.stored import round_, saved_dtypes
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,6 +37,7 @@ class Journal:
         pictures: image pairs to draw.
         settings: of the compression, as `slimdiff.compress` takes them.
         component: what shrinks, if not the denoiser.
+        saving: in which dtypes it will be saved, where they are not those that it runs in.
         seconds: stage -> seconds.
         images: "dense" and "slim" -> PIL images of the first prompts.
         sections: of the results, as far as they are known.
@@ -48,6 +51,7 @@ class Journal:
     pictures: int
     settings: Mapping[str, Any]
     component: str | None = None
+    saving: Saving = field(default_factory=Saving)
     seconds: dict[str, float] = field(default_factory=dict)
     images: dict[str, list[Any]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
@@ -88,6 +92,15 @@ class Journal:
             self.images[label] = generate(
                 self.pipe, texts, range(len(texts)), **self.config.sampling
             )
+
+    def round(self) -> None:
+        """Give the slim denoiser the weights that it will have once saved: errors are of these.
+
+        Raises:
+            SlimdiffError: a number is beyond what its stored dtype holds.
+        """
+        denoiser = component_of(self.pipe, self.component)[1]
+        round_(denoiser, saved_dtypes(denoiser, self.saving.dtypes))
 
     def account(self, statistics: Statistics, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
         """Note where parameters and MACs are, while the denoiser is still dense."""
