@@ -109,8 +109,15 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
         "the scheduler differs: timestep_spacing leading, not trailing",
     ),
     "noise levels": (changed_noise, "the scheduler differs: noise levels"),
-    "scale": (changed_scale, "settings of unet differ"),
-    "FreeU": (lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4), "settings of unet differ"),
+    "scale": (changed_scale, "settings of unet differ: numbers in its modules"),
+    "FreeU": (
+        lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        "settings of unet differ: numbers in its modules",
+    ),
+    "config": (
+        lambda p: p.unet.register_to_config(flip_sin_to_cos=False),
+        "settings of unet differ: flip_sin_to_cos",
+    ),
 }
 
 
@@ -236,6 +243,19 @@ def test_merging_refuses_other_weights_and_names_what_else_differs(
     third.source["model"]["weights"]["unet"] = "0"
     with pytest.raises(slimdiff.SlimdiffError, match="weights of unet differ"):
         Statistics.merge([Statistics.merge([first, second]), third])
+    third.source["denoiser_dtype"] = "torch.bfloat16"
+    Statistics.merge([first, third])
+    assert "sampled with different unet" in caplog.text, "of another dtype nobody can tell"
+
+
+def test_settings_of_another_release_of_a_library_do_not_count(pipe: Any) -> None:
+    here = model_digest(pipe)
+    there = copy.deepcopy(here)
+    for known in (there["scheduler"], there["settings"]["unet"], there["pipeline"]):
+        known["new"] = 3
+    assert differences(there, here) == differences(here, there) == []
+    there["scheduler"] = {}
+    assert differences(there, here) == ["the scheduler differs: None, not DDIMScheduler"]
 
 
 def test_a_compiled_or_moved_model_is_the_same(pipe: Any) -> None:

@@ -30,8 +30,8 @@ def model_digest(pipe: Any, component: str | None = None) -> dict[str, Any]:
         component: a text encoder, which depends on its own weights and the tokenizers alone.
 
     Returns:
-        `component`; `pipeline`: its class and settings; `scheduler`: class and config; `weights`
-        and `settings`: component -> digest; `tokenizers`: name -> digest.
+        `component`; `pipeline`: its class and settings; `scheduler`: class and config; `weights`:
+        component -> digest; `settings`: component -> name -> digest; `tokenizers`: name -> digest.
     """
     name, module = component_of(pipe, component)
     parts = dict(getattr(pipe, "components", {}))
@@ -43,7 +43,7 @@ def model_digest(pipe: Any, component: str | None = None) -> dict[str, Any]:
             "pipeline": {"class": type(pipe).__name__} | _pipeline_settings(pipe),
             "scheduler": {} if scheduler is None else _scheduler(scheduler),
             "weights": {own: weights_digest(model) for own, model in used.items()},
-            "settings": {own: hashed(_settings(model)) for own, model in used.items()},
+            "settings": {own: _settings(model) for own, model in used.items()},
             "tokenizers": {own: hashed(_tokens(p)) for own, p in parts.items() if _is_tokenizer(p)},
         }
     )
@@ -51,6 +51,8 @@ def model_digest(pipe: Any, component: str | None = None) -> dict[str, Any]:
 
 def differences(there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> list[str]:
     """What differs between two models, by their digests, in words; empty if they are the same.
+
+    A setting that only one of them has does not count: another release of a library may know more.
 
     Args:
         there: of what was kept; None if that does not say.
@@ -67,13 +69,15 @@ def differences(there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> lis
     ):
         if changed := _changed(there[what], here[what]):
             found.append(f"{told}: {', '.join(changed)}")
-    for what in ("weights", "settings"):
-        found += [f"{what} of {name} differ" for name in _unequal(there[what], here[what])]
+    found += [f"weights of {name} differ" for name in _unequal(there["weights"], here["weights"])]
+    for name, known in here["settings"].items():
+        if changed := _unequal_in_both(there["settings"].get(name, {}), known):
+            found.append(f"settings of {name} differ: {', '.join(changed)}")
     return found + [f"{name} differs" for name in _unequal(there["tokenizers"], here["tokenizers"])]
 
 
 def refuse_other_weights(sources: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to add up what was recorded of different weights of one class.
+    """Refuse to add up what was recorded of different weights of one class, in one dtype.
 
     Args:
         sources: of statistics; those that do not note their model count as of any.
@@ -84,7 +88,8 @@ def refuse_other_weights(sources: Sequence[Mapping[str, Any]]) -> None:
     models = [model for source in sources for model in _models_of(source)]
     for model in models[1:]:
         name = model["component"]
-        if model["weights"][name] != models[0]["weights"].get(name):
+        alike = model["dtype"] == models[0]["dtype"]  # else weights are rounded in other ways
+        if alike and model["weights"][name] != models[0]["weights"].get(name):
             raise SlimdiffError(
                 f"statistics of two models do not add up: weights of {name} differ; merge only "
                 f"what was recorded of the same weights"
@@ -108,7 +113,8 @@ def _models_of(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The digests of the models that statistics are of; merged ones may hold merged ones."""
     if "merged" in source:
         return [model for part in source["merged"] for model in _models_of(part)]
-    return [source["model"]] if "model" in source else []
+    dtype = {"dtype": source.get("denoiser_dtype")}
+    return [source["model"] | dtype] if "model" in source else []
 
 
 def _models(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -120,9 +126,9 @@ def _models(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
     }
 
 
-def _settings(model: nn.Module) -> list[Any]:
-    """Class and config of a model, and the numbers that its modules hold: scales, heads, a LoRA's
-    strength."""
+def _settings(model: nn.Module) -> dict[str, str]:
+    """Digests of a model's class and config, and of the numbers that its modules hold: scales,
+    heads, a LoRA's strength."""
     config = {k: v for k, v in settings(model).items() if k[0] != "_" and k not in VOLATILE}
     numbers = [
         [path, name, value]
@@ -130,7 +136,8 @@ def _settings(model: nn.Module) -> list[Any]:
         for name, value in sorted(vars(module).items())
         if name[0] != "_" and name not in IN_PASSING and "cache" not in name and _is_number(value)
     ]
-    return [type(model).__name__, config, numbers]
+    found = config | {"class": type(model).__name__, "numbers in its modules": numbers}
+    return {name: hashed(value)[:12] for name, value in found.items()}
 
 
 def _is_number(value: Any) -> bool:
@@ -183,11 +190,14 @@ def _unequal(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [name for name in {**there, **here} if there.get(name) != here.get(name)]
 
 
+def _unequal_in_both(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [name for name in _unequal(there, here) if name in there and name in here]
+
+
 def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Settings that differ, with both values; of two classes, the classes alone."""
-    names = _unequal(there, here)
-    if "class" in names:
-        names = ["class"]
+    other = there.get("class") != here.get("class")
+    names = ["class"] if other else _unequal_in_both(there, here)
     return [
         name
         if name == "noise levels"
