@@ -240,12 +240,27 @@ def test_merging_refuses_other_weights_and_names_what_else_differs(
     second.source["model"]["weights"]["text_encoder"] = "0"
     Statistics.merge([first, second])
     assert "sampled with different scheduler, text_encoder" in caplog.text
-    third.source["model"]["weights"]["unet"] = "0"
+    third.source["model"]["parameters"]["bits"] = third.source["model"]["weights"]["unet"] = "0"
     with pytest.raises(slimdiff.SlimdiffError, match="weights of unet differ"):
         Statistics.merge([Statistics.merge([first, second]), third])
-    third.source["denoiser_dtype"] = "torch.bfloat16"
+    third.source["model"]["parameters"]["kinds"] = "1"
     Statistics.merge([first, third])
     assert "sampled with different unet" in caplog.text, "of another dtype nobody can tell"
+
+
+def test_statistics_of_other_weights_choose_no_widths_and_make_none(pipe: Any) -> None:
+    statistics, budget = slimdiff.calibrate(pipe, PROMPTS, CONFIG), slimdiff.Budget(params=0.9)
+    plan = slimdiff.allocate(pipe.unet, statistics, budget)
+    other = tiny_pipeline()
+    changed_weight(other)
+    refused = pytest.raises(slimdiff.SlimdiffError, match="statistics are of another model: weig")
+    with refused:
+        slimdiff.allocate(other.unet, statistics, budget)
+    before = weights_digest(other.unet)
+    with refused:
+        slimdiff.rewrite(other.unet, statistics, plan)
+    assert weights_digest(other.unet) == before
+    slimdiff.rewrite(other.unet.to(torch.float64), statistics, plan)
 
 
 def test_settings_of_another_release_of_a_library_do_not_count(pipe: Any) -> None:

@@ -27,15 +27,24 @@ def weights_digest(module: nn.Module) -> str:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Hexadecimal digest of tensors by name; of one without data (on `meta`), its shape counts."""
+    return digests(tensors)["bits"]
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Digests of tensors by name, each looked up once.
+
+    Returns:
+        `kinds`: of names, dtypes and shapes; `bits`: of these and the numbers.
+    """
     factors: dict[torch.device, Tensor] = {}
     names: list[list[Any]] = []
     sums: list[Tensor] = []
     with torch.no_grad():
-        for name, tensor in sorted(tensors.items()):
-            for part in _plain(tensor):
+        for name in sorted(tensors):
+            for part in _plain(tensors[name]):
                 names.append([name.replace("_orig_mod.", ""), str(part.dtype), list(part.shape)])
                 sums.append(_checksum(part, factors))
-    return hashed([names, _together(sums)])
+    return {"kinds": hashed(names), "bits": hashed([names, _together(sums)])}
 
 
 def _together(sums: Sequence[Tensor]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimdiff.checksums import hashed, tensors_digest, weights_digest
+from slimdiff.checksums import digests, hashed, tensors_digest, weights_digest
 from slimdiff.denoiser import ENCODERS, component_of, settings
 from slimdiff.errors import SlimdiffError
 
@@ -30,8 +30,9 @@ def model_digest(pipe: Any, component: str | None = None) -> dict[str, Any]:
         component: a text encoder, which depends on its own weights and the tokenizers alone.
 
     Returns:
-        `component`; `pipeline`: its class and settings; `scheduler`: class and config; `weights`:
-        component -> digest; `settings`: component -> name -> digest; `tokenizers`: name -> digest.
+        `component`; `parameters`: `digests` of its own alone; `pipeline`: its class and settings;
+        `scheduler`: class and config; `weights`: component -> digest; `settings`: component ->
+        name -> digest; `tokenizers`: name -> digest.
     """
     name, module = component_of(pipe, component)
     parts = dict(getattr(pipe, "components", {}))
@@ -40,6 +41,7 @@ def model_digest(pipe: Any, component: str | None = None) -> dict[str, Any]:
     return _as_json(
         {
             "component": name,
+            "parameters": digests(dict(module.named_parameters())),
             "pipeline": {"class": type(pipe).__name__} | _pipeline_settings(pipe),
             "scheduler": {} if scheduler is None else _scheduler(scheduler),
             "weights": {own: weights_digest(model) for own, model in used.items()},
@@ -87,13 +89,36 @@ def refuse_other_weights(sources: Sequence[Mapping[str, Any]]) -> None:
     """
     models = [model for source in sources for model in _models_of(source)]
     for model in models[1:]:
-        name = model["component"]
-        alike = model["dtype"] == models[0]["dtype"]  # else weights are rounded in other ways
-        if alike and model["weights"][name] != models[0]["weights"].get(name):
+        if _are_others(model["parameters"], models[0]["parameters"]):
             raise SlimdiffError(
-                f"statistics of two models do not add up: weights of {name} differ; merge only "
-                f"what was recorded of the same weights"
+                f"statistics of two models do not add up: weights of {model['component']} differ; "
+                f"merge only what was recorded of the same weights"
             )
+
+
+def refuse_other_model(source: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse to use what was calibrated with other weights, of the same dtypes.
+
+    Args:
+        source: of statistics; those that do not note their model count as of any.
+        parameters: of the denoiser at hand, by name; each is looked up once.
+
+    Raises:
+        SlimdiffError: names the component.
+    """
+    models = _models_of(source)
+    own = digests(parameters) if models else {}
+    for model in models:
+        if _are_others(model["parameters"], own):
+            raise SlimdiffError(
+                f"the statistics are of another model: weights of {model['component']} differ "
+                f"(a merged LoRA, a later checkpoint?); calibrate again, on this one"
+            )
+
+
+def _are_others(there: Mapping[str, str], here: Mapping[str, str]) -> bool:
+    """Whether parameters differ; of other dtypes, which are rounded in other ways, nobody knows."""
+    return there["kinds"] == here["kinds"] and there["bits"] != here["bits"]
 
 
 def model_differences(sources: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -113,8 +138,7 @@ def _models_of(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The digests of the models that statistics are of; merged ones may hold merged ones."""
     if "merged" in source:
         return [model for part in source["merged"] for model in _models_of(part)]
-    dtype = {"dtype": source.get("denoiser_dtype")}
-    return [source["model"] | dtype] if "model" in source else []
+    return [source["model"]] if "model" in source else []
 
 
 def _models(parts: Mapping[str, Any]) -> dict[str, nn.Module]:
