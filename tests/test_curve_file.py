@@ -39,7 +39,7 @@ def test_a_second_measurement_reads_the_first(recorded, tmp_path):
 def test_an_interrupted_measurement_goes_on(recorded, tmp_path):
     model, statistics = recorded
     whole = measure_curves(model, statistics, folder=tmp_path)
-    kept = CurveFile(tmp_path, statistics, RECIPES["slimdiff"], probed=True)
+    kept = CurveFile(tmp_path, statistics, RECIPES["slimdiff"], probed=True, denoiser=model)
     some = dict(list(whole.items())[:2])
     kept.save(some)
     seen = []
@@ -53,12 +53,12 @@ def test_curves_of_other_statistics_or_recipes_are_not_used(recorded, tmp_path):
     model, statistics = recorded
     measure_curves(model, statistics, folder=tmp_path)
     slim, paper = RECIPES["slimdiff"], RECIPES["paper"]
-    file = CurveFile(tmp_path, statistics, slim, probed=True)
+    file = CurveFile(tmp_path, statistics, slim, probed=True, denoiser=model)
     assert file.load()
-    assert not CurveFile(tmp_path, statistics, paper, probed=True).load()
-    assert not CurveFile(tmp_path, statistics, slim, probed=False).load()
+    assert not CurveFile(tmp_path, statistics, paper, probed=True, denoiser=model).load()
+    assert not CurveFile(tmp_path, statistics, slim, probed=False, denoiser=model).load()
     other = slimdiff.Statistics.merge([statistics, statistics])
-    assert not CurveFile(tmp_path, other, slim, probed=True).load()
+    assert not CurveFile(tmp_path, other, slim, probed=True, denoiser=model).load()
     file.path.write_bytes(file.path.read_bytes()[:200])
     assert not file.load()
 

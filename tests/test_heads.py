@@ -318,7 +318,7 @@ def test_curves_by_heads_are_kept_and_added_where_a_run_was_stopped_before(
     planted: Planted, tmp_path: Path
 ) -> None:
     model, statistics = planted.unet, planted.statistics
-    file = CurveFile(tmp_path, statistics, RECIPES["slimdiff"], probed=True)
+    file = CurveFile(tmp_path, statistics, RECIPES["slimdiff"], probed=True, denoiser=model)
     file.save(planted.curves)
     assert_same(file.load(), planted.curves)
     with safe_open(file.path, framework="pt") as stored:

@@ -102,6 +102,7 @@ def test_another_way_to_heal_leaves_a_checkpoint_alone(dense: Any, tmp_path: Pat
     assert all(path.read_bytes() == content for path, content in kept.items())
     other = healed(dense, damaged(dense, 0.2), steps=1, checkpoint=tmp_path)
     assert other.before > other.after, "the checkpoint of a denoiser with another error is not used"
+    assert len(list(tmp_path.iterdir())) == 3, "other weights have a file of their own"
 
 
 def test_it_keeps_what_it_came_with_where_nothing_is_better(dense: Any) -> None:

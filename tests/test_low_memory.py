@@ -54,6 +54,19 @@ def test_the_command_gives_what_memory_gives(recorded: Recorded, tmp_path: Path)
         assert torch.equal(loaded.unet.state_dict()[key], tensor), key
 
 
+def test_statistics_of_other_weights_are_refused(recorded: Recorded, tmp_path: Path) -> None:
+    other = tiny_pipeline()
+    with torch.no_grad():
+        other.unet.conv_out.weight += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    budget, out = slimdiff.Budget(params=0.85), tmp_path / "slim"
+    with pytest.raises(SlimdiffError, match="statistics are of another model: weights of unet"):
+        compress_folder(tmp_path / "other", out, recorded.statistics, budget)
+    assert not out.exists()
+    other.unet.half().save_pretrained(tmp_path / "other" / "unet")
+    compress_folder(tmp_path / "other", out, recorded.statistics, budget)
+
+
 def test_a_plan_may_come_from_elsewhere(recorded: Recorded, tmp_path: Path) -> None:
     statistics = slimdiff.Statistics.load(recorded.statistics)
     plan = slimdiff.allocate(recorded.pipe.unet, statistics, slimdiff.Budget(remove="5K"))

@@ -15,9 +15,11 @@ ROOT = Path(slimdiff.__file__).parent
 VOCABULARY = {
     "budget",
     "calls",
+    "checksums",
     "config",
     "costs",
     "denoiser",
+    "digest",
     "errors",
     "groups",
     "layers",

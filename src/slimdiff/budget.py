@@ -141,6 +141,8 @@ class Budget:
 class Saving:
     """How a model will be saved, where that is not as it stands.
 
+    Bytes are counted so, and errors are of weights that are rounded so.
+
     Attributes:
         dtypes: parameter or buffer -> dtype in the file.
         header: bytes of the files that belong to no tensor.

@@ -7,25 +7,23 @@ ends with bit-identical statistics.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from slimdiff.chance import seeded
 from slimdiff.config import CalibrationConfig
-from slimdiff.denoiser import ENCODERS, component_of, settings
+from slimdiff.denoiser import ENCODERS, component_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
-from slimdiff.probes import Probes
 from slimdiff.record import recording
-from slimdiff.statistics import WEIGHTS_FILE, Statistics
+from slimdiff.resuming import started
+from slimdiff.statistics import Statistics
 from slimdiff.steps import Steps, weighing
 from slimdiff.sweep import sweep_timesteps
 
@@ -62,7 +60,8 @@ def calibrate(
         groups: what to record for; all groups by default.
         component: a text encoder, to record that instead: it reads the prompts, nothing is drawn.
         checkpoint: folder that is saved after every batch and resumed from if it holds an
-            unfinished run of the same prompts and configuration.
+            unfinished run of the same prompts, configuration and model; statistics of another
+            model are put aside.
         progress: called with ("calibrate", prompts done, prompts in all).
 
     Raises:
@@ -79,7 +78,7 @@ def calibrate(
             f"timestep_weights is {config.timestep_weights!r}, but {name} sees no timesteps; leave "
             f"it uniform"
         )
-    statistics = _start(denoiser, prompts, config, checkpoint)
+    statistics = started(pipe, component, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
     runs = schedule(len(prompts), config)
@@ -169,73 +168,8 @@ def _guidance(pipe: Any, config: CalibrationConfig) -> float | None:
     return float(scale) if isinstance(scale, int | float) else None
 
 
-def _start(
-    denoiser: nn.Module,
-    prompts: Sequence[str],
-    config: CalibrationConfig,
-    checkpoint: str | Path | None,
-) -> Statistics:
-    source = _source(denoiser, prompts, config)
-    if checkpoint is None or not (Path(checkpoint) / WEIGHTS_FILE).is_file():
-        probes = Probes(config.num_probes, config.seed)
-        return Statistics(type(denoiser).__name__, probes, source=source)
-    statistics = Statistics.load(checkpoint)
-    if differences := _differences(statistics, source):
-        raise SlimdiffError(
-            f"{checkpoint}: holds statistics of another run ({differences}); give the same prompts "
-            f"and options, name another folder, or delete this one to start over"
-        )
-    logger.info("resuming %s after %d batches", checkpoint, statistics.batches)
-    device = next(denoiser.parameters()).device
-    statistics.sums = {name: total.to(device) for name, total in statistics.sums.items()}
-    return statistics
-
-
-def _differences(statistics: Statistics, source: dict[str, Any]) -> str:
-    """What differs between the run that the statistics are of and this one.
-
-    An option that they do not know is one that was not given.
-    """
-    pairs = {key: (statistics.source.get(key), now) for key, now in source.items()}
-    there, here = pairs.pop("config")
-    pairs |= {key: ((there or {}).get(key), now) for key, now in here.items()}
-    found = [
-        f"other {key.removesuffix('_sha256')}" if key.endswith("_sha256") else f"{key} {a}, not {b}"
-        for key, (a, b) in pairs.items()
-        if a != b
-    ]
-    return "; ".join(found)
-
-
-def _source(
-    denoiser: nn.Module, prompts: Sequence[str], config: CalibrationConfig
-) -> dict[str, Any]:
-    """What identifies a run: two runs with equal sources have equal statistics."""
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    weight = next(denoiser.parameters()).detach().flatten()[:4096].double().cpu()
-    return {
-        "prompts": len(prompts),
-        "prompts_sha256": digest,
-        "denoiser_sha256": hashlib.sha256(weight.numpy().tobytes()).hexdigest(),
-        "denoiser_dtype": str(next(denoiser.parameters()).dtype),
-        "widths_sha256": _slim_digest(denoiser),
-        "config": asdict(config),
-    }
-
-
-def _slim_digest(denoiser: nn.Module) -> str | None:
-    """What tells a slim denoiser from others of the same dense one; None for a dense one."""
-    slim, record = settings(denoiser).get("slimdiff"), getattr(denoiser, "slim_record", None)
-    if not slim:
-        return None
-    text = json.dumps([slim, None if record is None else record.plan.recipe], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConfig) -> None:
-    generators = [
-        torch.Generator().manual_seed(config.seed * 1_000_003 + place) for place in run.prompts
-    ]
+    seeds = [config.seed * 1_000_003 + place for place in run.prompts]
     known = inspect.signature(pipe.__call__).parameters
     optional: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
@@ -246,12 +180,14 @@ def _sample(pipe: Any, prompts: Sequence[str], run: Run, config: CalibrationConf
     }
     if "negative_prompt" in known and _guided_by_prompt(known):
         optional["negative_prompt"] = [EMPTY] * len(prompts)
-    pipe(
-        prompt=list(prompts),
-        num_inference_steps=run.steps,
-        generator=generators,
-        **{name: value for name, value in optional.items() if value is not None and name in known},
-    )
+    given = {name: value for name, value in optional.items() if value is not None and name in known}
+    with seeded(seeds[0]):
+        pipe(
+            prompt=list(prompts),
+            num_inference_steps=run.steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **given,
+        )
 
 
 def _guided_by_prompt(known: Mapping[str, inspect.Parameter]) -> bool:

@@ -11,29 +11,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slimdiff.checksums import tensors_digest, weights_digest
 from slimdiff.config import Recipe
 from slimdiff.curves import ErrorCurve
 from slimdiff.statistics import Statistics
 
-VERSION = 6
+VERSION = 7
 
 
 class CurveFile:
     """The curves of one recipe under one set of statistics.
 
-    A file of other statistics, of another recipe or that is damaged counts as none: curves can
-    always be measured again.
+    A file of other statistics, of other weights, of another recipe or that is damaged counts as
+    none: curves can always be measured again.
     """
 
     def __init__(
-        self, folder: str | Path, statistics: Statistics, recipe: Recipe, *, probed: bool
+        self,
+        folder: str | Path,
+        statistics: Statistics,
+        recipe: Recipe,
+        *,
+        probed: bool,
+        denoiser: nn.Module,
     ) -> None:
+        """`denoiser` is what was recorded; its weights, too, tell a file from others."""
         kind = "probed" if probed else "decomposed"
         self.path = Path(folder) / f"curves-{recipe.name}-{kind}.safetensors"
         names = sorted(statistics.sums)
-        origin = [VERSION, statistics.source, statistics.calls, names, asdict(recipe), probed]
+        # Where nothing says how statistics came about, their numbers do.
+        made = statistics.source or tensors_digest(statistics.sums)
+        origin = [
+            VERSION,
+            made,
+            weights_digest(denoiser),
+            statistics.calls,
+            names,
+            asdict(recipe),
+            probed,
+        ]
         text = json.dumps(origin, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()
 

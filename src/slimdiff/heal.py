@@ -9,7 +9,6 @@ squared dense predictions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +16,22 @@ from typing import Any
 
 from torch import nn
 
+from slimdiff.budget import Saving
 from slimdiff.calibrate import held_out as held_out_places
+from slimdiff.checksums import weights_digest
 from slimdiff.config import CalibrationConfig
 from slimdiff.denoiser import ENCODERS, denoiser_of, settings, standing_in
+from slimdiff.digest import model_digest
 from slimdiff.errors import SlimdiffError
 from slimdiff.healing.config import HealConfig, HealResult
 from slimdiff.healing.run import Healing, Limits
-from slimdiff.healing.state import HealFile
+from slimdiff.healing.state import HealFile, Progress
 from slimdiff.healing.student import Student
 from slimdiff.healing.teacher import Teacher, split
 from slimdiff.held_out import HeldOut
 from slimdiff.journal import Journal
 from slimdiff.plan import Plan
+from slimdiff.stored import round_, saved_dtypes
 from slimdiff.wrapped import refuse_offloaded
 
 __all__ = ["HealConfig", "HealResult", "heal"]
@@ -44,6 +47,7 @@ def heal(
     held_out: Sequence[str] | None = None,
     sampling: CalibrationConfig | None = None,
     config: HealConfig | None = None,
+    saving: Saving | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> HealResult:
@@ -51,8 +55,8 @@ def heal(
 
     AdamW on float32 masters, at a rate that falls to zero when the time or the steps are up. What
     is kept are the weights with the smallest error on held-out prompts: those that it came with, if
-    none were better. All parameters are trained, shapes stay. Healing ends before the time if the
-    error no longer falls.
+    none were better. Errors are of weights as the denoiser will hold them. All parameters are
+    trained, shapes stay. Healing ends before the time if the error no longer falls.
 
     Args:
         dense: the dense pipeline; it is not changed.
@@ -63,6 +67,8 @@ def heal(
         held_out: prompts to judge by; a tenth of `prompts` if None, which are then not trained on.
         sampling: how the dense pipeline samples.
         config: how to train.
+        saving: in which dtypes the denoiser will be saved, if not in those that it has; its weights
+            are rounded so.
         checkpoint: folder that is saved to in between; the same call goes on from there.
         progress: called with ("heal", done, in all), in seconds or in steps.
 
@@ -77,19 +83,11 @@ def heal(
     _check_pair(denoiser_of(dense)[1], denoiser)
     origin = _origin(teacher, denoiser, config, limits)
     file = None if checkpoint is None else HealFile(checkpoint, origin)
-    with Student(denoiser, config) as student:
+    dtypes = saved_dtypes(denoiser, saving.dtypes) if saving else {}
+    with Student(denoiser, config, dtypes) as student:
         done = Healing(teacher, student, limits, file, progress).run()
-    result = HealResult(
-        before=done.before,
-        after=done.best,
-        steps=done.step,
-        seconds=round(done.seconds, 2),
-        stopped=done.stopped,
-        precision=done.precision,
-        history=done.history,
-        prompts=len(train),
-        held_out=len(judging),
-    )
+    round_(denoiser, dtypes)
+    result = _result(done, len(train), len(judging))
     _mark(denoiser, result)
     return result
 
@@ -119,7 +117,7 @@ def heal_slimmed(
     how["held_out"] = list(dict.fromkeys(texts[place] for place in sorted(judging)))
     train = [text for text in train if text not in how["held_out"]]
     how |= {"config": HealConfig(seed=journal.config.seed)}
-    how |= {"checkpoint": checkpoint, "progress": progress}
+    how |= {"checkpoint": checkpoint, "progress": progress, "saving": journal.saving}
     with journal.timed("heal"), standing_in(journal.pipe, dense) as pipe:
         result = heal(pipe, slim, train, **how)
     plan.figures["healed"] = result.figures() | held_out.figures()
@@ -173,12 +171,24 @@ def _origin(
     teacher: Teacher, slim: nn.Module, config: HealConfig, limits: Limits
 ) -> Mapping[str, Any]:
     """What tells one way to heal from others: two with equal origins go the same way."""
-    weight = next(denoiser_of(teacher.pipe)[1].parameters()).detach().flatten()[:4096]
-    shapes = {name: list(parameter.shape) for name, parameter in slim.named_parameters()}
-    digest = hashlib.sha256(weight.double().cpu().numpy().tobytes()).hexdigest()
     how = asdict(config) | {"save_seconds": None}
     texts = [list(teacher.prompts), list(teacher.held_out), asdict(teacher.sampling)]
-    return {"dense": digest, "slim": shapes, "how": how, "texts": texts, "limits": asdict(limits)}
+    own = {"dense": model_digest(teacher.pipe), "slim": weights_digest(slim)}
+    return own | {"how": how, "texts": texts, "limits": asdict(limits)}
+
+
+def _result(done: Progress, prompts: int, held_out: int) -> HealResult:
+    return HealResult(
+        before=done.before,
+        after=done.best,
+        steps=done.step,
+        seconds=round(done.seconds, 2),
+        stopped=done.stopped,
+        precision=done.precision,
+        history=done.history,
+        prompts=prompts,
+        held_out=held_out,
+    )
 
 
 def _mark(denoiser: Any, result: HealResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff import accounting, costs
+from slimdiff.budget import Saving
 from slimdiff.config import CalibrationConfig
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import component_of
-from slimdiff.evaluate import generate
+from slimdiff.evaluate.pictures import Picture, draw, fit_pairs, left_out_told
 from slimdiff.families import groups_of
 from slimdiff.picture import base64_png
 from slimdiff.plan import Plan
 from slimdiff.results import Results, called, made_by, write
 from slimdiff.statistics import Statistics
+from slimdiff.stored import round_, saved_dtypes
 
 Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,8 +40,9 @@ class Journal:
         pictures: image pairs to draw.
         settings: of the compression, as `slimdiff.compress` takes them.
         component: what shrinks, if not the denoiser.
+        saving: in which dtypes it will be saved, where they are not those that it runs in.
         seconds: stage -> seconds.
-        images: "dense" and "slim" -> PIL images of the first prompts.
+        images: "dense" and "slim" -> pictures of the first prompts.
         sections: of the results, as far as they are known.
         done: stages that had something to do.
     """
@@ -48,8 +54,9 @@ class Journal:
     pictures: int
     settings: Mapping[str, Any]
     component: str | None = None
+    saving: Saving = field(default_factory=Saving)
     seconds: dict[str, float] = field(default_factory=dict)
-    images: dict[str, list[Any]] = field(default_factory=dict)
+    images: dict[str, list[Picture]] = field(default_factory=dict)
     sections: Results = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -85,9 +92,16 @@ class Journal:
         """Draw the first prompts with the pipeline as it stands."""
         texts = self.prompts[: self.pictures]
         if texts:
-            self.images[label] = generate(
-                self.pipe, texts, range(len(texts)), **self.config.sampling
-            )
+            self.images[label] = draw(self.pipe, texts, range(len(texts)), **self.config.sampling)
+
+    def round(self) -> None:
+        """Give the slim denoiser the weights that it will have once saved: errors are of these.
+
+        Raises:
+            SlimdiffError: a number is beyond what its stored dtype holds.
+        """
+        denoiser = component_of(self.pipe, self.component)[1]
+        round_(denoiser, saved_dtypes(denoiser, self.saving.dtypes))
 
     def account(self, statistics: Statistics, plan: Plan, curves: Mapping[str, ErrorCurve]) -> None:
         """Note where parameters and MACs are, while the denoiser is still dense."""
@@ -109,16 +123,27 @@ class Journal:
             return
         names = ("recipe", "allocation", "budget", "figures")
         how = {"calibration": asdict(self.config), "prompts": len(self.prompts)}
-        shown = zip(self.prompts, self.images.get("dense", []), self.images.get("slim", []))
+        fit, counted = self._fit_pictures()
+        how |= {"pictures": counted}
         self.sections |= {
             "made": made_by(self._call(), **how),
             "plan": {name: getattr(plan, name) for name in names},
             "images": [
-                {"prompt": text, "seed": i, "dense": base64_png(a), "slim": base64_png(b)}
-                for i, (text, a, b) in enumerate(shown)
+                {"prompt": self.prompts[i], "seed": i}
+                | {label: base64_png(own[i].image) for label, own in self.images.items()}
+                for i in fit
             ],
         }
         write(self.results, self.sections)
+
+    def _fit_pictures(self) -> tuple[list[int], dict[str, Any]]:
+        """Places of the pairs that are shown, and a count of those that are not."""
+        if not self.images:
+            return [], {}
+        fit, counted = fit_pairs(self.images)
+        if told := left_out_told(counted):
+            logger.warning("warning: pictures that the report leaves out: %s", told)
+        return fit, counted
 
     def _call(self) -> str:
         """What to type in Python for the same again."""

@@ -86,7 +86,7 @@ def compress(
     told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
     done = (results, pictures if results else 0, told, component)
-    journal = Journal(pipe, list(prompts), config, *done)
+    journal = Journal(pipe, list(prompts), config, *done, saving=saving or Saving())
     progress = journal.begin(progress)
     once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
     with journal.timed("calibrate"):
@@ -130,6 +130,7 @@ def _finish(
     journal.account(statistics, plan, curves)
     with journal.timed("rewrite"):
         rewrite(denoiser, statistics, plan, curves=curves, progress=progress)
+        journal.round()
     setattr(journal.pipe, name, denoiser)  # the pipeline notes the class that it will be saved as
     if name in ENCODERS:
         plan.figures["component"] = name

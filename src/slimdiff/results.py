@@ -15,8 +15,10 @@ up (`merged`), so that `compress` and `evaluate` each write what they know.
   has none.
 - `rest`: {"params", "macs"} of everything that is in no group.
 - `fidelity`: {"velocity": {"relative", "by_timestep": [[timestep, error], ...], "prompts"},
-  "images": {"psnr", "ssim", "count"}, "frechet" and "kernel": {"value", "features", "count",
-  "dimensions"}, "clip": {"dense", "slim", "model", "count"}, "scenes": {"dense": S, "slim": S}}
+  "pictures": {"drawn", "measured": pairs, "left_out": {"dense" and "slim": {"not_finite",
+  "flagged", "black"}}, "drawn_without": names of components}, "images": {"psnr", "ssim", "count"},
+  "frechet" and "kernel": {"value", "features", "count", "dimensions"}, "clip": {"dense", "slim",
+  "model", "count"}, "scenes": {"dense": S, "slim": S}}
   with S = {"whole", "interval": [low, high], "attributes": {name: {"share", "interval"}}, "count"};
   a metric that could not be measured is {"unavailable": reason}.
 - `cost`: {"params", "macs", "bytes", "peak_memory": each {"dense", "slim"}, "latency": {"denoiser"

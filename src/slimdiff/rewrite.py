@@ -12,6 +12,7 @@ from slimdiff.composition import composed, earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curves import ErrorCurve
 from slimdiff.denoiser import settings
+from slimdiff.digest import refuse_other_model
 from slimdiff.families import groups_of
 from slimdiff.forwards import let_classes_speak_, refuse_hidden
 from slimdiff.groups import FACTORED, Group, stem
@@ -61,6 +62,7 @@ def rewrite(
     check_removed(denoiser, groups, plan, statistics)
     for group in plan.narrowed(groups):
         check_statistics(group, statistics, recipe_named(plan.recipe))
+    refuse_other_model(statistics.source, dict(denoiser.named_parameters()))
     config = slim_config(denoiser, groups, plan.entries, plan.fused)
     refuse_hidden(denoiser, config)
     config = joined(settings(denoiser).get("slimdiff"), config)

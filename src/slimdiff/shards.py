@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Shards:
             tensor: Tensor = file.get_tensor(name).clone()
             return tensor
 
+    def parameters_of(self, denoiser: nn.Module) -> Mapping[str, Tensor]:
+        """The parameters of a denoiser, by name; each is read when it is looked up."""
+        return _Parameters(self, [name for name, _ in denoiser.named_parameters()])
+
     def refuse_strange(self, denoiser: nn.Module) -> None:
         """Refuse weights of another model.
 
@@ -57,6 +61,22 @@ class Shards:
             raise SlimdiffError(
                 f"{min(missing)}: is not among the weights; were files of two models mixed?"
             )
+
+
+class _Parameters(Mapping[str, Tensor]):
+    """Some of the tensors in shards."""
+
+    def __init__(self, shards: Shards, names: Sequence[str]) -> None:
+        self.shards, self.names = shards, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.shards.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class ShardWriter:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimdiff.digest import model_differences, refuse_other_weights
 from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probes
 from slimdiff.statistics_file import SUM, VERSION, WEIGHTS_FILE, StoredSums, read_header
@@ -171,12 +172,13 @@ class Statistics:
         Parts that were sampled in different ways add up too, with a warning.
 
         Raises:
-            SlimdiffError: no part, or parts of different denoisers.
+            SlimdiffError: no part, or parts of different denoisers or of other weights.
         """
         parts = list(parts)
         if not parts:
             raise SlimdiffError("nothing to merge: give at least one statistics folder")
         first = parts[0]
+        refuse_other_weights([part.source for part in parts])
         probes = Probes(max(part.probes.capacity for part in parts), first.probes.seed)
         merged = cls(first.denoiser, probes, source={"merged": [part.source for part in parts]})
         for part in parts:
@@ -238,5 +240,6 @@ def _warn_of_other_sampling(parts: Iterable[Statistics]) -> None:
     configs = [part.source.get("config", {}) for part in parts]
     names = sorted({name for config in configs for name in config} - {"seed", "batch_size"})
     differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    differ += model_differences([part.source for part in parts])
     if differ:
         logger.warning("the merged statistics were sampled with different %s", ", ".join(differ))

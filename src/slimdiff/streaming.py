@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slimdiff.config import recipe_named
 from slimdiff.denoiser import NAMES, settings
+from slimdiff.digest import refuse_other_model
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.folders import read_json, reading, replacing
@@ -76,6 +77,7 @@ def rewrite_folder(
     changed, config = plan.changed(groups), slim_config(denoiser, groups, plan.entries, plan.fused)
     shards = Shards(folder, variant)
     shards.refuse_strange(denoiser)
+    refuse_other_model(statistics.source, shards.parameters_of(denoiser))
     with replacing(out, CONFIG_FILE) as new:
         writer = ShardWriter(new, WEIGHTS, variant, max_shard_bytes)
         maps = new / ".maps"

@@ -16,6 +16,7 @@ from slimdiff.composition import earlier_record
 from slimdiff.config import recipe_named
 from slimdiff.curve_file import CurveFile
 from slimdiff.curves import ErrorCurve, error_curves
+from slimdiff.digest import refuse_other_model
 from slimdiff.errors import SlimdiffError
 from slimdiff.families import groups_of
 from slimdiff.frontier import Frontier, frontier
@@ -44,11 +45,16 @@ def measure_curves(
 
     They do not depend on the budget: several plans can be made from the same curves. With `folder`
     they are kept there, and not measured again.
+
+    Raises:
+        SlimdiffError: statistics of another model.
     """
     refuse_offloaded(denoiser)
+    refuse_other_model(statistics.source, dict(denoiser.named_parameters()))
     chosen = recipe_named(recipe)
     probed = (allocation or chosen.allocation) == "probed"
-    kept = None if folder is None else CurveFile(folder, statistics, chosen, probed=probed)
+    how: dict[str, Any] = {"probed": probed, "denoiser": denoiser}
+    kept = None if folder is None else CurveFile(folder, statistics, chosen, **how)
     keep = kept.save if kept else None
     groups = groups_of(denoiser, layers or chosen.layers)
     found = error_curves(

@@ -18,8 +18,10 @@ HELP = """Measure what was lost and what was gained: dense against slim, same pr
 Fidelity: error of the denoiser's prediction by timestep, PSNR and SSIM of the images, Fréchet and
 kernel distance between the two sets of images, CLIP score if a CLIP folder is given, and what the
 judge of a bundled reference finds right. Cost: parameters, MACs, bytes, peak memory and latency,
-timed in turn. Nothing is downloaded; what cannot be measured is said. Use prompts that calibration
-has not seen; bundled references have test prompts of their own, other models need --prompts.
+timed in turn. Pictures are drawn without safety checker and watermark; black, flagged and
+non-finite ones are left out and counted. Nothing is downloaded; what cannot be measured is said.
+Use prompts that calibration has not seen; bundled references have test prompts of their own, other
+models need --prompts.
 
 The results are a JSON file, from which `slimdiff report` makes a page.
 

@@ -22,7 +22,8 @@ The seed alone decides an image's initial noise, whatever the batch size and the
 
 COMPARE = """Draw the same prompts and seeds with two pipelines, dense above slim, in one PNG.
 
-Also prints how alike the images are, if torchmetrics is installed (`slimdiff[metrics]`).
+Also prints how alike the images are, if torchmetrics is installed (`slimdiff[metrics]`). They are
+drawn without safety checker and watermark.
 
 **Examples**
 
@@ -93,12 +94,12 @@ def compare(
         pipe = models.load(sources[label], dtype, device, variant)
         call = models.sampling(where, guidance, text_tokens, pipe)
         guidance, text_tokens = call.values()
-        rows[label] = _images(
-            pipe, texts, seed, steps, batch_size, height=height, width=width, **call
-        )
+        given = {"height": height, "width": width, **call}
+        rows[label] = _images(pipe, texts, seed, steps, batch_size, measured=True, **given)
     from slimdiff.picture import image_grid
 
-    image_grid({label: rows[label] for label in sources}, texts).save(out)
+    shown = {label: [picture.image for picture in rows[label]] for label in sources}
+    image_grid(shown, texts).save(out)
     console.out().print(_likeness(rows), soft_wrap=True)
     console.out().print(f"{out}: {len(texts)} prompts, dense above slim", soft_wrap=True)
 
@@ -122,10 +123,14 @@ def _images(
     seed: int,
     steps: int,
     batch_size: int,
+    measured: bool = False,
     **call: Any,
 ) -> list[Any]:
-    from slimdiff.evaluate import generate as run
+    """Images, or if they are to be measured on, pictures drawn without what covers them."""
+    from slimdiff.evaluate import generate
+    from slimdiff.evaluate.pictures import draw
 
+    run = draw if measured else generate
     return run(
         pipe,
         prompts,
@@ -137,10 +142,18 @@ def _images(
 
 
 def _likeness(rows: dict[str, list[Any]]) -> str:
+    """How alike the pictures are, of the pairs that can be measured on."""
+    from slimdiff.evaluate.pictures import fit_pairs, left_out_told
     from slimdiff.metrics import psnr, ssim
 
+    fit, counted = fit_pairs(rows)
+    told = left_out_told(counted)
+    left = f"; {len(fit)} of {counted['drawn']} pairs measured ({told} left out)" if told else ""
+    if not fit:
+        return f"nothing to measure{left}"
+    dense, slim = ([rows[label][i].image for i in fit] for label in ("dense", "slim"))
     try:
-        decibels, similarity = psnr(rows["slim"], rows["dense"]), ssim(rows["slim"], rows["dense"])
+        decibels, similarity = psnr(slim, dense), ssim(slim, dense)
     except SlimdiffError as error:
         return str(error)
-    return f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f} to the dense images"
+    return f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f} to the dense images{left}"

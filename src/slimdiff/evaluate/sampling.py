@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimdiff.calls import bound
+from slimdiff.chance import seeded
 from slimdiff.denoiser import component_of, denoiser_of
 from slimdiff.errors import SlimdiffError
 from slimdiff.probes import Probes
@@ -30,7 +31,8 @@ def generate(
     """One image for each prompt and its seed.
 
     Each image's initial noise comes from a CPU generator of its own, so it is the same whatever the
-    batch size and the device.
+    batch size and the device. What a scheduler draws from the global generators depends on the
+    seeds as well, and on the batch size; the global generators are afterwards as they were before.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -45,6 +47,25 @@ def generate(
     Raises:
         SlimdiffError: no prompt, or not as many seeds as prompts.
     """
+    how: dict[str, Any] = {"guidance_scale": guidance_scale, **call}
+    how |= {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
+    found = outputs(pipe, prompts, seeds, output_type=output_type, **how)
+    return [image for output in found for image in output[0]]
+
+
+def outputs(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int = 20,
+    batch_size: int = 4,
+    **call: Any,
+) -> Iterator[Any]:
+    """What the pipeline returns for each batch; the first entry holds images, or a video's frames.
+
+    Arguments and errors are those of `generate`.
+    """
     if isinstance(prompts, str):
         raise SlimdiffError(f"prompts is one string, expected a list: [{prompts!r}]")
     if not prompts or len(prompts) != len(seeds) or batch_size < 1:
@@ -52,21 +73,14 @@ def generate(
             f"got {len(prompts)} prompts, {len(seeds)} seeds and batch size {batch_size}; expected "
             f"at least one prompt, a seed for each, and a batch size of at least 1"
         )
-    optional = {"guidance_scale": guidance_scale, **call}
-    optional = {name: value for name, value in optional.items() if value is not None}
-    images: list[Any] = []
-    with torch.inference_mode(), _silent(pipe):
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            output = pipe(
-                prompt=list(prompts[part]),
-                num_inference_steps=num_inference_steps,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]],
-                output_type=output_type,
-                **optional,
-            )
-            images.extend(output[0])  # those of a text-to-video pipeline are called frames
-    return images
+    call = {name: value for name, value in call.items() if value is not None}
+    call |= {"num_inference_steps": num_inference_steps}
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        with torch.inference_mode(), _silent(pipe), seeded(seeds[start]):
+            output = pipe(prompt=list(prompts[part]), generator=generators, **call)
+        yield output
 
 
 class _Caught(Exception):

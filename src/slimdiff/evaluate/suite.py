@@ -13,7 +13,8 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.evaluate.cost import measure_cost
 from slimdiff.evaluate.features import ClipScore, Features
 from slimdiff.evaluate.fidelity import Drawn, Judge, measure_fidelity
-from slimdiff.evaluate.sampling import first_call, generate, one_row_of
+from slimdiff.evaluate.pictures import Picture, draw, fit_pairs, uncovered
+from slimdiff.evaluate.sampling import first_call, one_row_of
 from slimdiff.evaluate.settings import Settings
 from slimdiff.evaluate.velocity import comparing, model_of
 from slimdiff.families import groups_of
@@ -71,13 +72,18 @@ def evaluate(
 def _draw(
     dense: Any, slim: Any, prompts: Sequence[str], settings: Settings, progress: Progress | None
 ) -> Drawn:
-    """All images of both, and the velocity error along the way."""
+    """All pictures of both, and the velocity error along the way."""
     seeds = range(settings.first_seed, settings.first_seed + len(prompts))
-    images: dict[str, list[Any]] = {"dense": [], "slim": []}
+    drawn: dict[str, list[Picture]] = {"dense": [], "slim": []}
     with comparing(dense, {"slim": slim}) as errors:
-        _batches(dense, "dense", prompts, seeds, images, settings, progress)
-    _batches(slim, "slim", prompts, seeds, images, settings, progress)
-    return Drawn(list(prompts), list(seeds), images["dense"], images["slim"], errors["slim"])
+        _batches(dense, "dense", prompts, seeds, drawn, settings, progress)
+    _batches(slim, "slim", prompts, seeds, drawn, settings, progress)
+    fit, counted = fit_pairs(drawn)
+    with uncovered(dense) as covers, uncovered(slim) as others:
+        counted["drawn_without"] = sorted({*covers, *others})
+    texts, numbers = [prompts[place] for place in fit], [seeds[place] for place in fit]
+    images = {label: [own[place].image for place in fit] for label, own in drawn.items()}
+    return Drawn(texts, numbers, images["dense"], images["slim"], errors["slim"], counted)
 
 
 def _batches(
@@ -85,15 +91,15 @@ def _batches(
     label: str,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    images: dict[str, list[Any]],
+    drawn: dict[str, list[Picture]],
     settings: Settings,
     progress: Progress | None,
 ) -> None:
     for start in range(0, len(prompts), settings.batch_size):
         part = slice(start, start + settings.batch_size)
-        images[label] += generate(pipe, prompts[part], seeds[part], **settings.sampling)
+        drawn[label] += draw(pipe, prompts[part], seeds[part], **settings.sampling)
         if progress is not None:
-            progress(f"{label} images", len(images[label]), len(prompts))
+            progress(f"{label} images", len(drawn[label]), len(prompts))
 
 
 def _default_features(pipe: Any) -> Features | None:

@@ -126,7 +126,8 @@ class Healing:
         return self._judge.batches(self._judged, self.at_once, device)
 
     def _error(self) -> float:
-        return self._fitting(lambda: self.student.error(self._held_out()))
+        with self.student.rounded():
+            return self._fitting(lambda: self.student.error(self._held_out()))
 
     def _fitting(self, attempt: Callable[[], T]) -> T:
         """What `attempt` gives, with half the rows at once as often as memory does not suffice."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,13 +28,24 @@ class Student:
     the last `keep` or `restore`, or those that it came with.
     """
 
-    def __init__(self, denoiser: nn.Module, config: HealConfig) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        config: HealConfig,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """`dtypes` are those that parameters will be saved in, by name; else those they have."""
         self.denoiser, self.config = denoiser, config
         parameters = denoiser.named_parameters()
         self.parameters = {name: p for name, p in parameters if p.is_floating_point()}
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self.precision = torch.float32
+        held = {
+            name: (p.dtype, (dtypes or {}).get(name, p.dtype))
+            for name, p in self.parameters.items()
+        }
+        self._rounding = {n: kinds for n, kinds in held.items() if set(kinds) != {torch.float32}}
         self.best: dict[str, Tensor] = {}
         self.usual_norm = 0.0
 
@@ -116,11 +128,27 @@ class Student:
 
     def keep(self) -> bool:
         """Keep the present weights, the best so far; False, and not, where they leave the range."""
-        finite = [t.to(data.dtype).isfinite().all() for t, data in self._before]
+        with self.rounded():
+            finite = [t.to(data.dtype).isfinite().all() for t, data in self._before]
         if not bool(torch.stack(finite).all()):
             return False
         self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         return True
+
+    @contextlib.contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside, the masters have the values that the denoiser will hold and save."""
+        masters = {name: self.parameters[name].data for name in self._rounding}
+        for name, kinds in self._rounding.items():
+            value = masters[name]
+            for kind in kinds:
+                value = value.to(kind)
+            self.parameters[name].data = value.float()
+        try:
+            yield
+        finally:
+            for name, master in masters.items():
+                self.parameters[name].data = master
 
     @property
     def _wide(self) -> torch.device:

@@ -88,6 +88,7 @@ def refit_slimmed(
         with standing_in(journal.pipe, dense) as pipe:
             fit, judging = _calls(journal, pipe, how)
         result = refit(dense, slim, fit, judging, how, progress=progress)
+        journal.round()
     changed = sum(layer.strength is not None for layer in result.layers) if result.kept else 0
     if changed:
         slim.register_to_config(

@@ -26,6 +26,7 @@ FIGURES = {
     "heads_removed": "attention heads removed elsewhere",
     "upsamplers_fused": "upsamplers fused, at no loss",
     "velocity": "velocity error on test prompts",
+    "pictures": "pictures left out",
     "psnr": "PSNR to the dense images",
     "ssim": "SSIM to the dense images",
     "frechet": "Fréchet distance",

@@ -39,6 +39,7 @@ def fidelity(found: Found) -> Iterator[Row]:
     yield from _row(
         "velocity", found.get("velocity"), lambda v: ("0", numbers.error(v["relative"]))
     )
+    yield from _left_out(found.get("pictures") or {})
     yield from _row("psnr", images, lambda v: ("", f"{v['psnr']:.1f}{numbers.SPACE}dB"))
     yield from _row("ssim", images, lambda v: ("", f"{v['ssim']:.4f}"))
     yield from _row("frechet", found.get("frechet"), _distance, _of_enough)
@@ -50,6 +51,24 @@ def fidelity(found: Found) -> Iterator[Row]:
     for name in (name for name in attributes if name != "whole"):
         dense, slim = (_accuracy(scenes[model]["attributes"][name]) for model in ("dense", "slim"))
         yield Row(name, dense, slim, detail=True)
+
+
+def _left_out(pictures: Found) -> Iterator[Row]:
+    """Pictures that nothing is measured on, where there are any."""
+    out = pictures.get("left_out", {})
+    if "unavailable" in pictures or any(count for own in out.values() for count in own.values()):
+        yield from _row("pictures", pictures, _out_of_each, _why_left_out)
+
+
+def _out_of_each(pictures: Found) -> tuple[str, str]:
+    dense, slim = (sum(pictures["left_out"][model].values()) for model in ("dense", "slim"))
+    return str(dense), str(slim)
+
+
+def _why_left_out(pictures: Found) -> str:
+    kinds = {kind for own in pictures["left_out"].values() for kind in own if own[kind]}
+    told = ", ".join(sorted(kind.replace("_", " ") for kind in kinds))
+    return f"{told}; {pictures['measured']} of {pictures['drawn']} pairs are measured"
 
 
 def cost(found: Found) -> Iterator[Row]:
