@@ -69,15 +69,9 @@ def calibrate(
             in an activation (names the module); timestep weights for a text encoder.
     """
     config = config or CalibrationConfig()
-    if not prompts or isinstance(prompts, str):
-        raise SlimdiffError("no calibration prompts; give a list of at least one")
     name, denoiser = component_of(pipe, component)
+    _check(prompts, config, name)
     run = _encode if name in ENCODERS else _sample
-    if run is _encode and config.timestep_weights != "uniform":
-        raise SlimdiffError(
-            f"timestep_weights is {config.timestep_weights!r}, but {name} sees no timesteps; leave "
-            f"it uniform"
-        )
     statistics = started(pipe, component, prompts, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     settings = (config.seed, config.num_probes, config.tokens_per_sample, dtype)
@@ -102,6 +96,16 @@ def calibrate(
         if progress is not None:
             progress("calibrate", done, len(prompts))
     return statistics
+
+
+def _check(prompts: Sequence[str], config: CalibrationConfig, component: str) -> None:
+    if not prompts or isinstance(prompts, str):
+        raise SlimdiffError("no calibration prompts; give a list of at least one")
+    if component in ENCODERS and config.timestep_weights != "uniform":
+        raise SlimdiffError(
+            f"timestep_weights is {config.timestep_weights!r}, but {component} sees no timesteps; "
+            f"leave it uniform"
+        )
 
 
 @dataclass(frozen=True)

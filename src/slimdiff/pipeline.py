@@ -81,27 +81,39 @@ def compress(
     denoiser, config = component_of(pipe, component)[1], config or CalibrationConfig()
     how: dict[str, Any] = {"recipe": recipe, "allocation": allocation, "layers": layers}
     finer: dict[str, Any] = {"tied": tied, "multiple": multiple, "temperature": temperature}
-    finer |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
-    finer |= {"block_kinds": block_kinds}
+    finer |= {"head_multiple": head_multiple, "block_kinds": block_kinds}
+    finer["remove_layers"] = remove_layers
     told = {"budget": budget, "refit": refit, "heal": heal} | how | finer
     _refuse_impossible(pipe, prompts, component, config, plan, told, saving)
-    done = (results, pictures if results else 0, told, component)
-    journal = Journal(pipe, list(prompts), config, *done, saving=saving or Saving())
+    to = (results, pictures if results else 0, told, component)
+    journal = Journal(pipe, list(prompts), config, *to, saving=saving or Saving())
     progress = journal.begin(progress)
-    once: dict[str, Any] = {"component": component, "checkpoint": checkpoint}
+    once: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress}
     with journal.timed("calibrate"):
-        statistics = calibrate(pipe, prompts, config, **once, progress=progress)
+        statistics = calibrate(pipe, prompts, config, component=component, **once)
     curves: dict[str, ErrorCurve] = {}
-    if budget is not None:
-        kept: dict[str, Any] = {"folder": checkpoint, "progress": progress}
-        with journal.timed("allocate"):
-            curves = measure_curves(denoiser, statistics, **how, **kept)
-            kept |= {"curves": curves, "saving": saving}
-            plan = allocate(denoiser, statistics, budget, **how, **finer, **kept)
-    else:
+    if budget is None:
         plan = _given(denoiser, statistics, plan, saving)
+    else:
+        finer |= {"saving": saving, "folder": checkpoint, "progress": progress}
+        curves, plan = _allocated(journal, statistics, budget, how, finer)
     _finish(journal, statistics, plan, curves, progress, checkpoint)
     return plan
+
+
+def _allocated(
+    journal: Journal,
+    statistics: Statistics,
+    budget: Budget,
+    how: dict[str, Any],
+    finer: dict[str, Any],
+) -> tuple[dict[str, ErrorCurve], Plan]:
+    denoiser = component_of(journal.pipe, journal.component)[1]
+    kept = {name: finer[name] for name in ("folder", "progress")}
+    with journal.timed("allocate"):
+        curves = measure_curves(denoiser, statistics, **how, **kept)
+        plan = allocate(denoiser, statistics, budget, **how, **finer, curves=curves)
+    return curves, plan
 
 
 def _given(

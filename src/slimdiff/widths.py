@@ -104,12 +104,9 @@ def allocate(
         tied: both halves of an attention layer share one width, which keeps stock processors.
         multiple: widths are multiples of this where the layer allows it.
         temperature: of the entropic allocation.
-        head_multiple: where heads go, as many stay as divide by this: the number of ranks that
-            share the heads of a layer (Ulysses, tensor parallelism).
-        block_kinds: of like blocks with attention, this many sets of widths at most, so that few
-            graphs have to be compiled (probed allocation).
-        remove_layers: let whole layers go, and put out their mean, and whole heads, where that is
-            best on the probes.
+        head_multiple: where heads go, as many stay as divide by this: ranks that share them.
+        block_kinds: of like blocks, so many sets of widths at most: few graphs to compile.
+        remove_layers: let whole layers (they put out their mean) and heads go where that is best.
         layers: what may shrink, such as `attention`; by default all that the recipe knows.
         curves: from `measure_curves`; measured here if not given.
         saving: how it will be saved, if not as it stands; budgets of memory count so.
@@ -123,14 +120,13 @@ def allocate(
     """
     refuse_offloaded(denoiser)
     earlier_record(denoiser)
-    how = (allocation or recipe_named(recipe).allocation, tied, multiple, temperature)
     chosen = recipe_named(recipe)
+    how = (allocation or chosen.allocation, tied, multiple, temperature)
     settings = Allocation(*how, head_multiple=head_multiple, block_kinds=block_kinds)
     refuse_unfit(budget, chosen, settings, groups_of(denoiser, layers or chosen.layers))
     if curves is None:
-        curves = measure_curves(
-            denoiser, statistics, recipe, allocation, layers=layers, progress=progress
-        )
+        own: dict[str, Any] = {"layers": layers, "progress": progress}
+        curves = measure_curves(denoiser, statistics, recipe, allocation, **own)
     job = Job(denoiser, statistics, budget, chosen, settings, layers, curves, saving)
     fit: Callable[[Job], Plan] = Job.plan if budget.largest_error is None else as_good
     if budget.metric == "latency":

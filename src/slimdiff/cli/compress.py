@@ -110,12 +110,18 @@ def compress(
     call |= {"steps_per_prompt": steps_per_prompt, "timestep_weights": timestep_weights}
     job |= {"config": CalibrationConfig(**call, seed=seed)}
     job |= {"remove_layers": remove_layers, "head_multiple": head_multiple}
-    job |= {"block_kinds": block_kinds}
-    job["checkpoint"] = statistics or outcome.beside(out, "statistics")
-    job |= {"results": outcome.beside(out, "results.json"), "pictures": pictures} if report else {}
+    job |= _beside(out, statistics, pictures if report else None) | {"block_kinds": block_kinds}
     texts = models.prompts(where, prompts, num_prompts, "calibration")
     done = _run(where, out, texts, job, dtype=dtype, device=device, variant=variant)
     outcome.show(done, out, job["checkpoint"], where.name if report else None)
+
+
+def _beside(out: Path, statistics: Path | None, pictures: int | None) -> dict[str, Any]:
+    """Where statistics and results go; no results without a number of pictures."""
+    found: dict[str, Any] = {"checkpoint": statistics or outcome.beside(out, "statistics")}
+    if pictures is not None:
+        found |= {"results": outcome.beside(out, "results.json"), "pictures": pictures}
+    return found
 
 
 def _run(
