@@ -182,6 +182,21 @@ def test_a_report_leaves_out_what_is_no_picture(
     assert "dense: 1 not finite; slim: 1 not finite" in caplog.text
 
 
+def test_a_black_picture_is_not_saved_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from slimdiff.cli import images
+
+    broken(tiny_pipeline(), slice(0)).save_pretrained(tmp_path / "m")
+    out, loaded = tmp_path / "out.png", tiny_pipeline()
+    dead = broken(loaded, slice(None))
+    dead.vae.decoder.register_forward_hook(lambda *_args: torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images.models, "load", lambda *_: dead)
+        images.generate(str(tmp_path / "m"), prompt=["a cat"], out=out, steps=1)
+    assert "is wholly black" in caplog.text and out.is_file()
+
+
 def test_comparing_on_the_command_line_says_what_it_left_out(capsys: Any) -> None:
     from slimdiff.cli.images import _likeness
 

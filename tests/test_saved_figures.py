@@ -85,6 +85,18 @@ def test_the_command_states_the_error_of_the_folder_that_it_wrote(tmp_path: Path
     assert figures["error_on_probes"] == pytest.approx(error, rel=1e-9)
 
 
+def test_a_quality_that_rounded_weights_miss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny_pipeline()
+    coarse = Saving(dict.fromkeys(half(pipe), torch.float8_e4m3fn))
+    how: dict[str, Any] = {"config": CONFIG, "layers": ["feed_forward"], "remove_layers": False}
+    for saving in (None, coarse):
+        assert "of the budget" not in caplog.text
+        budget = slimdiff.Budget(quality="1e-4")
+        plan = slimdiff.compress(copy.deepcopy(pipe), PROMPTS[:4], budget, **how, saving=saving)
+    assert plan.figures["error_on_probes"] > 1e-4
+    assert "more than the 1.0e-04 of the budget" in caplog.text
+
+
 def test_healing_judges_what_the_denoiser_will_hold() -> None:
     dense = tiny_pipeline()
     slim = copy.deepcopy(dense.unet)

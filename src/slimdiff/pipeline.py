@@ -37,6 +37,9 @@ from slimdiff.wrapped import refuse_replaced
 
 Progress = Callable[[str, int, int], None]
 
+BEYOND = 1.05
+"""By how much an error may exceed its budget without a word."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -151,6 +154,7 @@ def _finish(
         refit_slimmed(journal, dense, plan, held_out, progress)
     if dense is not None and journal.settings["heal"]:
         heal_slimmed(journal, dense, plan, held_out, folder, progress)
+    _warn_beyond(journal.settings["budget"], plan)
     plan.figures["seconds"] = journal.seconds
     plan.figures["reused"] = journal.reused
     plan.figures["calibration"] = statistics.source
@@ -163,6 +167,18 @@ def _finish(
     denoiser.slim_record = replace(record, plan=whole)
     journal.draw("slim")
     journal.write(plan)
+
+
+def _warn_beyond(budget: Budget | None, plan: Plan) -> None:
+    """Say so where a plan, as it is saved, loses more than its budget allows."""
+    allowed = None if budget is None else budget.largest_error
+    found = plan.figures.get("healed", plan.figures)["error_on_probes"]
+    if allowed is not None and found > BEYOND * allowed:
+        logger.warning(
+            "warning: the slim model loses %.1e, more than the %.1e of the budget, with weights as "
+            "they are saved: their rounding may lose the rest; save in more bits, or allow more",
+            *(found, allowed),
+        )
 
 
 def _refuse_impossible(

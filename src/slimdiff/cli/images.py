@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ drawn without safety checker and watermark.
 - `slimdiff compare scenes-unet scenes-unet-slim`
 - `slimdiff compare ./stable-diffusion-v1-5 ./slim --prompt "a cat" --prompt "a tram" --steps 30`
 """
+
+logger = logging.getLogger(__name__)
 
 ImageOut = Annotated[
     Path, typer.Option("--out", "-o", help="PNG file; several images get -1, -2, ... before it.")
@@ -63,6 +66,12 @@ def generate(
     for number, image in enumerate(images, start=1):
         name = out if len(images) == 1 else out.with_stem(f"{out.stem}-{number}")
         image.save(name)
+        if not image.convert("L").getbbox():
+            logger.warning(
+                "warning: %s is wholly black; a safety checker does that, and NaN from a VAE in "
+                "half precision: --dtype float32 or bfloat16 has none",
+                name,
+            )
         console.out().print(f"{name}: {texts[number - 1]}", soft_wrap=True, markup=False)
 
 
