@@ -25,7 +25,9 @@ def evidence(result: dict[str, Any]) -> str:
         f"at most, are those of compressing after calibration. Peers are told parameters to "
         f"remove: for a budget in MACs, how many is found by bisection, and the seconds are those "
         f"of the last of its steps that fits. Origin `ours` is a small "
-        f"implementation in `benchmarks/peers/`; the others are the public packages."
+        f"implementation in `benchmarks/peers/`; the others are the public packages. These rows are "
+        f"of probes that saw the empty prompt alone, and were not measured again.\n\n"
+        f"![Scenes right against time and parameters, and error](../docs/pareto-scenes.svg)"
     ]
     dense = rows["dense"]
     head = (
@@ -76,44 +78,3 @@ def evidence_row(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
         f"{row['seconds']:.0f}",
         f"{row['peak_mib']:.0f}",
     ]
-
-
-def headline(result: dict[str, Any]) -> str:
-    """The README's table: every method at 41 % removed, best first."""
-    rows = [row for row in result["rows"].values() if row.get("removed") == 0.41]
-    rows = sorted((r for r in rows if "unavailable" not in r), key=lambda r: r["velocity_error"])
-    rows.insert(0, result["rows"]["dense"])
-    cells = [
-        [
-            row["method"],
-            f"{row['velocity_error']:.1e}" if row["velocity_error"] else "",
-            f"{row['psnr']:.1f} dB" if row["velocity_error"] else "",
-            f"{row['scene_accuracy']:.1%} of {row['images']}",
-            f"{row['sampling_speedup']:.2f}" if row["velocity_error"] else "",
-        ]
-        for row in rows
-    ]
-    head = ("", "velocity error", "PSNR to the dense images", "scenes right", "times faster")
-    return table(head, cells)
-
-
-def whole(result: dict[str, Any]) -> str:
-    """The README's other table: ResNets too."""
-    rows = [row for name, row in result["rows"].items() if name.startswith(("whole", "speed"))]
-    rows = [row for row in rows if "unavailable" not in row]
-    dense = result["rows"]["dense"]
-    cells = [
-        [
-            row["group"],
-            row["method"],
-            f"{row['params'] / dense['params']:.0%}",
-            f"{row['macs'] / dense['macs']:.0%}" if "macs" in row else "",
-            f"{row['velocity_error']:.1e}",
-            f"{row['psnr']:.1f} dB",
-            f"{row['scene_accuracy']:.1%} of {row['images']}",
-            f"{row['batch_speedup' if 'eight images' in row['group'] else 'call_speedup']:.2f}",
-        ]
-        for row in sorted(rows, key=lambda row: (*place(row["group"]), row[ERROR]))
-    ]
-    head = ("", "", "parameters", "MACs", "velocity error", "PSNR", "scenes right", "call, faster")
-    return table(head, cells)

@@ -1,4 +1,4 @@
-"""Draw docs/pareto.svg from benchmarks/results/evidence.json.
+"""Draw docs/pareto-scenes.svg from benchmarks/results/evidence.json.
 
 python benchmarks/plots.py
 """
@@ -84,7 +84,7 @@ def main() -> None:
     figure.legend(
         *panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
     )
-    figure.savefig(HERE.parent / "docs" / "pareto.svg", metadata={"Date": None})
+    figure.savefig(HERE.parent / "docs" / "pareto-scenes.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

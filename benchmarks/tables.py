@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evidence_tables import evidence, headline, whole
+from emoji_tables import emoji
+from evidence_tables import evidence
 from family_tables import families, kept
 from further_tables import (
     chosen,
@@ -126,8 +127,8 @@ def main() -> None:
     parts = [HEAD]
     if "evidence" in found:
         parts.append(evidence(found["evidence"]))
-        put("figures", headline(found["evidence"]))
-        put("whole", whole(found["evidence"]))
+    if "evidence-emoji-unet" in found:
+        put("emoji", emoji(found["evidence-emoji-unet"]))
     own = {n: result for n, result in found.items() if n.startswith("transformer-")}
     parts += [transformer(result) for result in own.values()]
     if own:
