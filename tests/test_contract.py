@@ -139,7 +139,7 @@ def test_slim_group_behaves_as_its_effective_dense_weight(case: Case) -> None:
         for call, got in zip(case.inputs, outputs(slim, case.inputs), strict=True):
             call = call | {"return_dict": False}
             want = output_of(torch.func.functional_call(case.model, swapped, (), call))
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=5e-5)
 
 
 @CASES
