@@ -25,8 +25,8 @@ def evidence(result: dict[str, Any]) -> str:
         f"at most, are those of compressing after calibration. Peers are told parameters to "
         f"remove: for a budget in MACs, how many is found by bisection, and the seconds are those "
         f"of the last of its steps that fits. Origin `ours` is a small "
-        f"implementation in `benchmarks/peers/`; the others are the public packages. These rows are "
-        f"of probes that saw the empty prompt alone, and were not measured again.\n\n"
+        f"implementation in `benchmarks/peers/`; the others are the public packages. These rows "
+        f"are of probes that saw the empty prompt alone, and were not measured again.\n\n"
         f"![Scenes right against time and parameters, and error](../docs/pareto-scenes.svg)"
     ]
     dense = rows["dense"]
