@@ -98,14 +98,16 @@ def run(paths: list[Path], tests: Path, slim: bool) -> Suite:
     """Run the tests in these files."""
     import pytest
 
-    from peer_plugin import Suite
+    from peer_plugin import MADE, Suite
 
-    suite = Suite(slim)
+    suite, before = Suite(slim), len(MADE)
     options = ["-q", "-q", "--no-header", "--noconftest", "-p", "no:cacheprovider", "-W", "ignore"]
     options += ["--no-summary", "-c", os.devnull, "--rootdir", str(tests.parent), "-m", MARKS]
     code = pytest.main([*options, *map(str, paths)], plugins=[suite])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {code!r}: the tests were not all collected and run")
+    if slim and len(MADE) == before:
+        raise SystemExit(f"{paths[0]}: no test asked for a slim model")
     return suite
 
 
