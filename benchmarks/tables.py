@@ -23,6 +23,7 @@ from further_tables import (
 )
 from generalisation.summary import render as generalisation
 from layer_tables import rest, upsamplers
+from peer_outcomes import page as peer_suite
 from rendering import made_by, table
 from speed_tables import faster, scale, speed
 
@@ -113,9 +114,9 @@ OTHERS = {
 }
 
 
-def put(name: str, text: str) -> None:
-    """Replace a part of the README that stands between comments."""
-    path = HERE.parent / "README.md"
+def put(name: str, text: str, page: str = "README.md") -> None:
+    """Replace a part of the README, or of another page, that stands between comments."""
+    path = HERE.parent / page
     start, end = f"<!-- {name}: benchmarks/tables.py -->", f"<!-- end of {name} -->"
     before, rest = path.read_text().split(start)
     path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
@@ -145,6 +146,8 @@ def main() -> None:
         parts.append(speed(speeds, recordings))
     if results := [result for name, result in found.items() if name.startswith("faster-")]:
         parts.append(faster(results))
+    if "peer-suite" in found:
+        put("peer-suite", peer_suite(found["peer-suite"]), "docs/diffusers-tests.md")
     parts += [show(found[name]) for name, show in OTHERS.items() if name in found]
     (HERE / "README.md").write_text("\n".join(parts))
 

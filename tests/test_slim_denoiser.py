@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from torch import nn
@@ -276,3 +277,40 @@ def test_slim_models_can_be_copied_and_pickled():
     for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         assert type(other) is type(unet)
         assert torch.equal(call(other), call(unet))
+
+
+def adapters(unet, width=32):
+    """Processors for all layers; those of cross-attention are an IP-Adapter's."""
+    return {
+        name: IPAdapterAttnProcessor2_0(hidden_size=width, cross_attention_dim=24)
+        if "attn2" in name
+        else AttnProcessor2_0()
+        for name in unet.attn_processors
+    }
+
+
+def test_adapters_made_for_wider_layers_are_refused(dense):
+    unet = slim_by_hand(tiny_pipeline()).unet
+    before = unet.attn_processors
+    with pytest.raises(ValueError, match=f"{UNTIED}: was slimmed to other widths, and IPAdapter"):
+        unet.set_attn_processor(adapters(unet))
+    assert unet.attn_processors == before
+
+
+def test_adapters_are_refused_where_a_layer_that_they_count_was_removed(dense):
+    path = next(n for n in dense.attn_processors if "attn2" in n).removesuffix(".processor")
+    slim = {"version": 1, "linears": {}, "attentions": {}, "constants": {path: 32}}
+    unet = copy.deepcopy(dense)
+    become_slim_(reshape_(unet, slim), slim)
+    with pytest.raises(ValueError, match=f"{path}: was removed"):
+        unet.set_attn_processor(adapters(unet))
+
+
+def test_adapters_fit_where_attention_is_as_wide_as_it_was(dense):
+    unet, slim = copy.deepcopy(dense), {"version": 1, "attentions": {}}
+    slim["linears"] = {f"{FEED_FORWARD}.net.0.proj": [32, 100], f"{FEED_FORWARD}.net.2": [50, 32]}
+    become_slim_(reshape_(unet, slim), slim)
+    unet.set_attn_processor(adapters(unet))
+    assert {type(p).__name__ for n, p in unet.attn_processors.items() if "attn2" in n} == {
+        "IPAdapterAttnProcessor2_0"
+    }

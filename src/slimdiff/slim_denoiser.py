@@ -825,6 +825,46 @@ class SlimMixin(RunTimeClass):
             self.push_to_hub(**{"repo_id": folder.name, **upload})
 
 
+def _set_attn_processor(base: Any) -> Any:
+    """`base.set_attn_processor`, which refuses adapters that were made for the dense layers.
+
+    Raises:
+        ValueError: one brings projections that do not fit; names a layer.
+    """
+
+    @functools.wraps(base.set_attn_processor)
+    def set_attn_processor(self: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(processor, dict):
+            for name, one in processor.items():
+                _refuse_dense_adapter(
+                    self.config["slimdiff"] or {}, name.removesuffix(".processor"), one
+                )
+        base.set_attn_processor(self, processor, *args, **kwargs)
+
+    return set_attn_processor
+
+
+def _refuse_dense_adapter(slim: dict[str, Any], path: str, processor: Any) -> None:
+    """IP-Adapters and Custom Diffusion bring keys and values as wide as those of the dense layer.
+
+    Those of FLUX put out what they found beside the layer's own values. Adapters of UNets go by the
+    order of the cross-attention layers, so none may be missing.
+    """
+    name, width = type(processor).__name__, getattr(processor, "hidden_size", None)
+    sizes = slim.get("attentions", {}).get(path)
+    if width is None:
+        return
+    parts = ("qk",) if name.startswith("FluxIPAdapter") else ("qk", "vo")
+    narrow = sizes is not None and any(sizes["heads"] * sizes[part] != width for part in parts)
+    removed = [layer for layer in slim.get("constants", {}) if layer.endswith(".attn2")]
+    if narrow or (removed and name.startswith("IPAdapter")):
+        what = f"{path}: was slimmed to other widths" if narrow else f"{removed[0]}: was removed"
+        raise ValueError(
+            f"{what}, and {name} was made for the dense layers, {width} wide; use it with the "
+            f"dense model, or compress the layers other than attention alone"
+        )
+
+
 def _forget_how_to_load(config: dict[str, Any]) -> None:
     """Drop, in place, what tells others how a folder is loaded."""
     config.pop("auto_map", None)
@@ -979,6 +1019,8 @@ def _slim_class(base: Any) -> type:
         "_repeated_blocks": getattr(base, "_repeated_blocks", None)
         or REPEATED_BLOCKS.get(base.__name__, []),
     }
+    if hasattr(base, "set_attn_processor"):
+        members["set_attn_processor"] = _set_attn_processor(base)
     return type(f"Slim{base.__name__}", (SlimMixin, base), members)
 
 
