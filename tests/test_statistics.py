@@ -85,7 +85,7 @@ def test_parts_add_up_to_the_whole() -> None:
     parts = Statistics.merge([recorded(slice(0, 2)), recorded(slice(2, 4))])
     assert parts.weights == whole.weights and parts.calls == whole.calls
     for name, total in whole.sums.items():
-        torch.testing.assert_close(parts.sums[name], total, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(parts.sums[name], total, rtol=1e-5, atol=1e-6)  # float32's
     assert parts.probes.rows.keys() == whole.probes.rows.keys()
 
 

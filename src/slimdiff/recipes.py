@@ -28,7 +28,7 @@ class Ordered(NamedTuple):
 
 
 FLOAT32_DAMPING = 1e-5
-"""Least ridge where products are float32: their rounding reaches 2e-6 of the mean diagonal and more
+"""Least ridge where sums are float32: their rounding reaches 2e-6 of the mean diagonal and more
 in wide layers, and a ridge below it leaves a moment of few tokens indefinite."""
 
 KEY_MOMENTS = {"centred": "k_centred", "whitened": "k"}
@@ -238,5 +238,5 @@ def _whole_heads(group: Group, statistics: Statistics) -> HeadSelection:
 def _damping(statistics: Statistics, name: str, moment_nn: Tensor) -> float:
     """The ridge of refits under a moment, by the precision of its sums."""
     if statistics.sums[name].dtype == torch.float64:
-        return FLOAT32_DAMPING
+        return decompose.DAMPING
     return decompose.definite_damping(moment_nn, FLOAT32_DAMPING)

@@ -24,6 +24,8 @@ from slimdiff.statistics_file import SUM, VERSION, WEIGHTS_FILE, StoredSums, rea
 
 SUMMARY_FILE = "statistics.json"
 SEEN_POINTS = 16
+FEW = 16
+"""Rows a channel up to which a moment is one of few samples."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +76,13 @@ class Statistics:
         """Add `weight` times x^T x, (e, e), of x (n, e), or a matrix for each of x (h, n, e).
 
         Sums are of `dtype`. The products of one call are float32 (float64 of float64 rows): their
-        relative rounding is at most n * 6e-8.
+        relative rounding is at most n * 6e-8. On a CPU those of the first `FEW` rows a channel are
+        of `dtype`: rounding shows in directions that few rows hold, and averages out over many.
         """
         rows, width = x_ne.shape[-2:]
-        if x_ne.dtype not in (torch.float32, torch.float64):
-            x_ne = x_ne.float()
+        few = x_ne.device.type == "cpu" and self.weights.get(name, 0.0) < FEW * width
+        if few or x_ne.dtype not in (torch.float32, torch.float64):
+            x_ne = x_ne.to(torch.promote_types(x_ne.dtype, dtype) if few else torch.float32)
         if name not in self.sums:
             shape = (*x_ne.shape[:-2], width, width)
             self.sums[name] = torch.zeros(shape, dtype=dtype, device=x_ne.device)
