@@ -53,7 +53,7 @@ class Allocation:
         for name in ("multiple", "head_multiple", "block_kinds"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise SlimdiffError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise SlimdiffError(f"{name} must be at least 1, got {value}")
 
 
 class Size(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimdiff.decompose import LAGS, autocovariances
+from slimdiff.decompose import autocovariances
 from slimdiff.errors import SlimdiffError
 from slimdiff.padding import Counting, Padding
 from slimdiff.probes import Probes
@@ -48,7 +48,7 @@ class Recorder:
         self._counting: Counting | None = None  # which tokens are no padding; None: all
         self.padding: Padding | None = None
         self._watched: dict[str, Tensor] = {}
-        self._places: dict[tuple[int, int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}  # of this call
         self._waiting: dict[str, list[tuple[Tensor, float]]] = {}
 
     def heads_moment(self, name: str, x_bti: Tensor, heads: int) -> None:
@@ -125,17 +125,14 @@ class Recorder:
         """Add the autocovariances of a feature map x (batch, c, height, width) under `name`.
 
         Whole images enter, since autocovariances of a subset of the pixels need not be those of
-        any image; but only so many that about as many pixels do as `rows` would take of each. The
-        first call always adds one. Products of one call are float32 (float64 of float64).
+        any image; but only so many that about half as many pixels do as `rows` would take tokens.
+        The first call always adds one. Products of one call are float32 (float64 of float64).
         """
         batch, channels, height, width = x_bcyx.shape
-        if name not in self.statistics.sums:
-            sums = x_bcyx.new_zeros((len(LAGS), channels, channels), dtype=self.dtype)
-            self.statistics.add(name, sums, 0.0)
         pixels = SHARE_OF_PIXELS * self._kept(LAGS_AS_WIDE * channels)
         share = min(1.0, pixels / (height * width))
         count = int(share * batch + self._chance("images").random())
-        if not self.statistics.weights[name]:
+        if not self.statistics.weights.get(name):
             count = max(count, 1)
         if not count:
             return
@@ -186,11 +183,10 @@ class Recorder:
 
         Drawn on the CPU, so that every device gets the same, and moved once a call.
         """
-        key = (self.statistics.calls, among, count)
-        if key not in self._places:
+        if (among, count) not in self._places:
             chosen = self._chance(f"{among}/{count}").sample(range(among), count)
-            self._places[key] = torch.tensor(sorted(chosen), device=device)
-        return self._places[key]
+            self._places[among, count] = torch.tensor(sorted(chosen), device=device)
+        return self._places[among, count]
 
     def _chance(self, name: str) -> random.Random:
         """Chance that is the same in every run, of its own for each name in each call."""
@@ -228,7 +224,7 @@ class Recorder:
         if not rows:
             raise SlimdiffError(f"{name}: the activation has zero tokens; expected at least one")
         if name not in self.statistics.sums:
-            self.statistics.add(name, torch.zeros_like(total, dtype=self.dtype), 0.0)
+            self.statistics.add(name, total.new_zeros(total.shape, dtype=self.dtype), 0.0)
         self.statistics.add(name, total, self.weight * rows, self.weight)
         self._watched[name] = self.statistics.sums[name]
 
