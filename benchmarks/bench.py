@@ -36,11 +36,15 @@ class Bench:
     """The trial, the statistics that all rows share, and the rows."""
 
     def __init__(
-        self, options: argparse.Namespace, name: str = "scenes-unet", size: Size = FULL
+        self,
+        options: argparse.Namespace,
+        name: str = "scenes-unet",
+        size: Size = FULL,
+        many: int = MANY,
     ) -> None:
         self.quick = options.quick
         self.size = QUICK if options.quick else size
-        self.many = self.size.images if options.quick else max(MANY, self.size.images)
+        self.many = self.size.images if options.quick else max(many, self.size.images)
         self.shares = (0.41,) if options.quick else SHARES
         self.trial = Trial(self.size, name)
         self.pipe, self.sampling = self.trial.pipe, self.trial.sampling

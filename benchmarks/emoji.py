@@ -23,8 +23,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache"))
     options = parser.parse_args()
-    bench = Bench(options, "emoji-unet", Size(images=48, errors=24, runs=3))
-    bench.many = bench.size.images
+    bench = Bench(options, "emoji-unet", Size(images=48, errors=24, runs=3), many=48)
     for row in (dense_row(bench), *rows_of_emoji(bench)):
         if options.only in row.name:
             bench.rows.measure(row.name, row.measured)
